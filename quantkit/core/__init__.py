@@ -1,0 +1,1 @@
+"""Numbers: how tensors are quantized, packed and compared. No files, no models."""

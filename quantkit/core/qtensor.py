@@ -1,0 +1,68 @@
+"""The one type that methods produce, containers encode and kernels consume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.core.scheme import QuantSpec
+
+
+@dataclass(eq=False, slots=True)
+class QuantizedTensor:
+    """A weight [N, K] as unsigned codes and scales: weight = (codes - zero) * scale, group by group along K.
+
+    Attributes:
+        spec: bits, group and symmetry.
+        codes: uint8 [N, K] in [0, 2**bits), in the column order of the original weight.
+        scale: [N, G] in the type that is stored.
+        zero: uint8 or int16 [N, G] in the codes' units, or None for a symmetric grid, whose zero is 2**(bits-1).
+        group_of_column: int32 [K], the group of every column where groups are not runs of columns (act-order files of others), else None.
+    """
+
+    spec: QuantSpec
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    group_of_column: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        groups = self.spec.num_groups(columns)
+        assert self.codes.dtype == torch.uint8, self.codes.dtype
+        assert self.scale.shape == (rows, groups), (self.scale.shape, rows, groups)
+        assert (self.zero is None) == self.spec.symmetric
+        assert self.zero is None or self.zero.shape == self.scale.shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return tuple(self.codes.shape)
+
+    def expand(self, per_group: Tensor) -> Tensor:
+        """A [N, G] tensor stretched to [N, K]."""
+        if self.group_of_column is not None:
+            return per_group[:, self.group_of_column.long()]
+        return per_group.repeat_interleave(self.spec.group_size(self.codes.shape[1]), dim=1)[:, : self.codes.shape[1]]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K], computed in float32 from what is stored."""
+        zero: Tensor | int = self.spec.mid_code if self.zero is None else self.expand(self.zero).float()
+        return ((self.codes.float() - zero) * self.expand(self.scale).float()).to(dtype)
+
+    def equals(self, other: QuantizedTensor) -> bool:
+        """Bit for bit the same spec, codes, scales, zeros and column groups."""
+        pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero), (self.group_of_column, other.group_of_column))
+        return self.spec == other.spec and all(_same(a, b) for a, b in pairs)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        moved = [None if t is None else t.to(device) for t in (self.codes, self.scale, self.zero, self.group_of_column)]
+        return QuantizedTensor(self.spec, *moved)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)
