@@ -1,0 +1,175 @@
+"""The life of an output folder: built as OUT.partial under a lock, renamed to OUT when it is whole.
+
+OUT is a finished model or does not exist. A partial folder cannot be loaded by mistake: its config.json is to be written last,
+just before `finish`, and no loader takes a folder without one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from quantkit.checkpoint.disk import disk_errors, sync_folder
+from quantkit.checkpoint.ledger import LEDGER_FILE
+from quantkit.checkpoint.side_files import copy_side_files
+from quantkit.errors import OutputError
+
+__all__ = ["copy_side_files", "finish", "partial_folder", "prepare", "release"]
+
+_LOCK_FILE = ".quantkit-lock"
+_held: dict[Path, int] = {}
+
+
+def partial_folder(out: Path) -> Path:
+    """Where OUT is built: its sibling OUT.partial.
+
+    Raises:
+        OutputError: OUT is the root of a file system.
+    """
+    target = _target(out)
+    return target.with_name(target.name + ".partial")
+
+
+def prepare(out: Path, *, overwrite: bool = False, fresh: bool = False) -> Path:
+    """Check before any work that OUT can be written, and lock its partial folder until `finish`, `release` or the end of the process.
+
+    Args:
+        overwrite: OUT may exist if it is a model; it stays untouched until `finish`.
+        fresh: discard what an unfinished run left. Without it, only work that a ledger vouches for is kept.
+
+    Returns:
+        The partial folder; it exists.
+
+    Raises:
+        OutputError: OUT exists, another run is writing it, or its place cannot be written.
+    """
+    target = _target(out)
+    _check_target(target, overwrite=overwrite)
+    partial = partial_folder(target)
+    with disk_errors(partial):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_partial(partial)
+        partial.mkdir(exist_ok=True)
+        _lock(partial, target)
+    try:
+        _recover(target)
+        _check_target(target, overwrite=overwrite)
+        if fresh or not (partial / LEDGER_FILE).exists():
+            with disk_errors(partial):
+                _clear(partial)
+    except BaseException:
+        release(partial)
+        raise
+    return partial
+
+
+def finish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
+    """Make the partial folder durable and rename it to OUT in one step; then release it.
+
+    A model that OUT holds is moved aside first and deleted last, so at every instant the old or the new one is whole on the disk;
+    `prepare` puts it back if the machine stops between the two renames.
+
+    Raises:
+        OutputError: OUT has come to exist since `prepare`, or the disk refuses.
+    """
+    target = _target(out)
+    assert partial in _held, "finish without prepare"
+    _check_target(target, overwrite=overwrite)
+    aside = _aside(target)
+    with disk_errors(target):
+        _sync_files(partial)
+        if target.is_dir() and any(target.iterdir()):
+            os.rename(target, aside)
+        os.rename(partial, target)
+        sync_folder(target.parent)
+        for name in (LEDGER_FILE, _LOCK_FILE):
+            (target / name).unlink(missing_ok=True)
+        if aside.exists():
+            shutil.rmtree(aside)
+    release(partial)
+
+
+def release(partial: Path) -> None:
+    """Let go of the lock; the work in the folder stays for a later run. Nothing happens if it is not held."""
+    descriptor = _held.pop(partial, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _target(out: Path) -> Path:
+    """OUT without symbolic links, so that its sibling is on the same file system."""
+    target = Path(os.path.realpath(Path(out).expanduser()))
+    if not target.name:
+        raise OutputError(f"{out} cannot be an output; name a folder that does not exist yet")
+    return target
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.quantkit-replaced")
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    with disk_errors(target):
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise OutputError(f"{target} is a file; the output is a folder, so choose another name")
+        names = sorted(path.name for path in target.iterdir())
+    if names and not overwrite:
+        raise OutputError(f"{target} exists; choose another name, or replace it with --overwrite")
+    if names and "config.json" not in names and not any(name.endswith((".safetensors", ".gguf")) for name in names):
+        raise OutputError(f"{target} is not a model (it holds {', '.join(names[:5])}), so --overwrite does not delete it; choose another name")
+
+
+def _check_partial(partial: Path) -> None:
+    """A folder of this name that no run of ours made is never cleared."""
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / _LOCK_FILE).exists():
+        raise OutputError(f"{partial} is where the output would be built, and it holds files that quantkit did not write; move it away")
+
+
+def _lock(partial: Path, target: Path) -> None:
+    path = partial / _LOCK_FILE
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_current = path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputError(f"another run is writing {target} right now; wait for it to end, or choose another output") from error
+    if not is_current:
+        os.close(descriptor)
+        raise OutputError(f"another run has just finished {target}; choose another output, or replace it with --overwrite")
+    _held[partial] = descriptor
+
+
+def _recover(target: Path) -> None:
+    """Mend what a stop in the middle of `finish` left: put the old model back if the new one is not there, else delete it."""
+    aside = _aside(target)
+    if not aside.exists():
+        return
+    with disk_errors(target):
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            os.rename(aside, target)
+
+
+def _clear(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK_FILE:
+            path.unlink()
+
+
+def _sync_files(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(root))
