@@ -1,0 +1,127 @@
+"""The GPTQ container: codes packed along K in columns of words, zero points along N, half-precision scales [G, N].
+
+Layout after GPTQModel 7. `checkpoint_format: gptq` (v1) stores every zero point less one; `gptq_v2` stores it as it is. A zero point of 0 has
+no v1 form that loaders agree on, so asymmetric weights are written as v2 and labelled so; symmetric ones as v1, which everybody loads.
+Mixed schemes go into `dynamic`, an ordered map of regular expressions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.core.packing import pack, packed_words, unpack
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.scheme import CHANNEL, QuantSpec, Scheme, parse_scheme
+from quantkit.errors import FormatError
+
+_BITS = (2, 3, 4, 8)
+
+
+class GPTQ:
+    holds_conv1d = True
+
+    def __init__(self, zero_offset: int) -> None:
+        """`zero_offset` is what a stored zero point lacks: 1 in v1, 0 in v2."""
+        self.zero_offset = zero_offset
+        self.name = "gptq" if zero_offset else "gptq-v2"
+
+    def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        spec = scheme.weight
+        assert spec is not None
+        if scheme.activation is not None:
+            return "gptq stores no activation quantization; use compressed-tensors"
+        if spec.bits not in _BITS:
+            return f"gptq loaders read {', '.join(map(str, _BITS))} bits, not {spec.bits}; use compressed-tensors"
+        if spec.group not in (None, CHANNEL) and shape[1] % spec.group:
+            return f"groups of {spec.group} do not divide {shape[1]} input features"
+        if self.zero_offset == 1 and not spec.symmetric:
+            return "a zero point of 0 has no v1 form; use gptq-v2"
+        return None
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        return torch.float16
+
+    def part_names(self, scheme: Scheme) -> tuple[str, ...]:
+        return ("qweight", "qzeros", "scales", "g_idx")
+
+    def encode(self, q: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
+        rows, columns = q.shape
+        zero = torch.full_like(q.scale, q.spec.mid_code, dtype=torch.int16) if q.zero is None else q.zero.to(torch.int16)
+        group_of_column = q.group_of_column
+        if group_of_column is None:
+            group_of_column = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.spec.group_size(columns)
+        stored = (zero - self.zero_offset) & q.spec.max_code
+        return {
+            "qweight": pack(q.codes, q.spec.bits).T.contiguous(),
+            "qzeros": pack(stored.T.contiguous(), q.spec.bits),
+            "scales": q.scale.T.contiguous(),
+            "g_idx": group_of_column.to(torch.int32),
+        }
+
+    def decode(self, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
+        spec = scheme.weight
+        assert spec is not None
+        missing = [name for name in ("qweight", "qzeros", "scales") if name not in parts]
+        if missing:
+            raise FormatError(f"the layer has no {', '.join(missing)}; it has {', '.join(sorted(parts)) or 'nothing'}")
+        scale = parts["scales"].T.contiguous()
+        rows = scale.shape[0]
+        columns = len(parts["g_idx"]) if "g_idx" in parts else parts["qweight"].shape[0] * 32 // spec.bits
+        if parts["qweight"].shape != (packed_words(columns, spec.bits), rows):
+            raise FormatError(f"qweight is {list(parts['qweight'].shape)}; {rows} x {columns} codes of {spec.bits} bits need {[packed_words(columns, spec.bits), rows]}")
+        zero = None
+        if not spec.symmetric:
+            zero = (unpack(parts["qzeros"], spec.bits, rows).T.to(torch.int16) + self.zero_offset).contiguous()
+        codes = unpack(parts["qweight"].T.contiguous(), spec.bits, columns)
+        return QuantizedTensor(spec, codes, scale, zero, _shuffled(parts.get("g_idx"), spec, columns))
+
+    def config(self, layers: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
+        main = Counter(layers.values()).most_common(1)[0][0]
+        assert main.weight is not None
+        dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in sorted(ignored) if name != "lm_head"}
+        for name, scheme in sorted(layers.items()):
+            if scheme != main:
+                dynamic[f"+:^{re.escape(name)}$"] = _spec_config(scheme)
+        label = "gptq" if self.zero_offset else "gptq_v2"
+        config = {"quant_method": "gptq", **_spec_config(main), "desc_act": False, "static_groups": False, "true_sequential": True, "lm_head": False,
+                  "checkpoint_format": label, "format": label, "pack_dtype": "int32", "damp_percent": 0.01, "meta": {"quantizer": ["quantkit:0.1.0"]}}
+        return config | ({"dynamic": dynamic} if dynamic else {})
+
+    def read_config(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+        modules = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+        return {module: _scheme_for(config, module) for module in modules}
+
+
+def labelled(config: Mapping[str, Any]) -> GPTQ:
+    """The GPTQ format whose zero points are those of a checkpoint with this quantization_config."""
+    return GPTQ(zero_offset=0 if config.get("checkpoint_format", config.get("format")) == "gptq_v2" else 1)
+
+
+def _spec_config(scheme: Scheme) -> dict[str, Any]:
+    spec = scheme.weight
+    assert spec is not None
+    return {"bits": spec.bits, "group_size": spec.group, "sym": spec.symmetric}
+
+
+def _scheme_for(config: Mapping[str, Any], module: str) -> Scheme:
+    values = {"bits": config["bits"], "group_size": config.get("group_size", 128), "sym": config.get("sym", True)}
+    for pattern, override in (config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+            values |= {k: v for k, v in override.items() if k in values}
+            break
+    suffix = "-channel" if values["group_size"] == -1 else f"-g{values['group_size']}"
+    return parse_scheme(f"w{values['bits']}a16{'' if values['sym'] else '-asym'}{suffix}")
+
+
+def _shuffled(g_idx: Tensor | None, spec: QuantSpec, columns: int) -> Tensor | None:
+    """g_idx where its groups are not runs of columns; None where it says nothing new."""
+    if g_idx is None:
+        return None
+    plain = torch.arange(columns, dtype=g_idx.dtype, device=g_idx.device) // spec.group_size(columns)
+    return None if torch.equal(g_idx, plain) else g_idx

@@ -1,0 +1,149 @@
+"""GPTQ: round column by column and let the columns not yet rounded make up for the error (Frantar et al., arXiv 2210.17323).
+
+The inverse Hessian's Cholesky factor says how. Columns are visited in an order of importance, but codes are written in the original column
+order, so that no permutation is stored ("static" act-order). Scales are searched under the weight that an error of each column has after
+compensation, and the result is then descended to a nearby minimum of the same objective (methods/descent.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.quantize import Grid, as_groups, range_grid, search_grid
+from quantkit.core.scheme import QuantSpec
+from quantkit.errors import CalibrationError
+from quantkit.methods.base import Statistics, from_grid
+from quantkit.methods.descent import descend
+
+Order = Literal["group", "static", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQ:
+    """Calibrated rounding.
+
+    Attributes:
+        damp: share of the mean diagonal added to the Hessian; raised tenfold, up to 1, while the factorization fails.
+        order: "group" visits groups, and columns in them, by falling importance and searches a group's scales when it is reached; "static"
+            visits columns of all groups by importance with scales searched beforehand; "none" goes from left to right.
+        search: search each group's scale instead of spanning its largest weight.
+        descent: passes of coordinate descent over codes and scales afterwards; 0 for plain GPTQ.
+        block: columns whose updates are gathered before they reach the rest of the matrix.
+    """
+
+    damp: float = 0.01
+    order: Order = "group"
+    search: bool = True
+    descent: int = 4
+    block: int = 128
+    needs_calibration = True
+
+    def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
+        """Raises CalibrationError when no damping makes the Hessian positive definite."""
+        assert statistics is not None
+        hessian = _without_dead(statistics.hessian)
+        order = visiting_order(hessian.diagonal(), spec, self.order)
+        factor, hessian = inverse_factor(hessian[order][:, order], self.damp)
+        codes, grid = self._round(weight[:, order].clone(), factor, order, spec, scale_dtype)
+        back = torch.argsort(order)
+        codes, hessian = codes[:, back], hessian[back][:, back]
+        if self.descent:
+            codes, grid = descend(weight, hessian, codes, grid, spec, scale_dtype, passes=self.descent)
+        return from_grid(spec, codes, grid, scale_dtype)
+
+    def _round(self, weight: Tensor, factor: Tensor, order: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+        """Codes [N, K] in visiting order and the grid [N, G, 1] in original group order. Consumes `weight`."""
+        rows, columns = weight.shape
+        size = spec.group_size(columns)
+        group_of = (order // size).tolist()
+        importance = factor.diagonal().pow(-2)
+        grid = self._grid_beforehand(weight, importance, order, spec, dtype)
+        codes = torch.empty_like(weight)
+        for start in range(0, columns, self.block):
+            end = min(start + self.block, columns)
+            block, local = weight[:, start:end], factor[start:end, start:end]
+            errors = torch.empty_like(block)
+            for i in range(end - start):
+                column = start + i
+                if self._reaches_group(column, size):
+                    self._search_group(grid, group_of[column], weight, column, size, importance, factor, (start, i, errors), spec, dtype)
+                scale, zero = grid.scale[:, group_of[column], 0], grid.zero[:, group_of[column], 0]
+                code = torch.clamp(torch.round(block[:, i] / scale + zero), 0, spec.max_code)
+                codes[:, column] = code
+                errors[:, i] = (block[:, i] - (code - zero) * scale) / local[i, i]
+                block[:, i + 1 :] -= errors[:, i, None] * local[i, None, i + 1 :]
+            weight[:, end:] -= errors @ factor[start:end, end:]
+        return codes, grid
+
+    def _reaches_group(self, column: int, size: int) -> bool:
+        return self.order != "static" and column % size == 0
+
+    def _grid_beforehand(self, weight: Tensor, importance: Tensor, order: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Grid:
+        back = torch.argsort(order)
+        groups = as_groups(weight[:, back], spec)
+        if self.order == "static" and self.search:
+            return search_grid(groups, spec, dtype, as_groups(importance[back][None], spec))
+        return range_grid(groups, spec, dtype)
+
+    def _search_group(self, grid: Grid, group: int, weight: Tensor, column: int, size: int, importance: Tensor, factor: Tensor,
+                      pending: tuple[int, int, Tensor], spec: QuantSpec, dtype: torch.dtype) -> None:
+        """Set the grid of the group that starts at this column from its weights as compensated so far."""
+        start, done, errors = pending
+        members = weight[:, column : column + size]
+        end = start + errors.shape[1]
+        if column + size > end:  # columns beyond this block have not received its errors yet
+            late = members[:, end - column :] - errors[:, :done] @ factor[start : start + done, end : column + size]
+            members = torch.cat([members[:, : end - column], late], dim=1)
+        members = members[:, None]
+        if self.search:
+            found = search_grid(members, spec, dtype, importance[column : column + size][None, None])
+        else:
+            found = range_grid(members, spec, dtype)
+        grid.scale[:, group] = found.scale[:, 0]
+        grid.zero[:, group] = found.zero[:, 0]
+
+
+def visiting_order(importance: Tensor, spec: QuantSpec, order: Order) -> Tensor:
+    """The columns [K] in the order in which they are rounded."""
+    columns = importance.shape[0]
+    if order == "none":
+        return torch.arange(columns, device=importance.device)
+    if order == "static":
+        return torch.argsort(importance, descending=True, stable=True)
+    groups = importance.view(spec.num_groups(columns), -1)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    first = torch.argsort(groups.sum(1), descending=True, stable=True)
+    return (inside + torch.arange(groups.shape[0], device=importance.device)[:, None] * groups.shape[1])[first].flatten()
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """The upper U with U^T U = (H + damping)^-1, and the damped H itself.
+
+    With J the reversal of rows, J H J = L L^T gives U = J L^-1 J: one factorization and one triangular inverse.
+    """
+    mean = hessian.diagonal().mean()
+    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    while damp <= 1.0:
+        damped = hessian + damp * mean * identity
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1).double() if damped.device.type == "cpu" else damped.flip(0, 1))
+        factor = torch.linalg.solve_triangular(lower, identity.to(lower.dtype), upper=False).flip(0, 1).to(hessian.dtype)
+        if not failed and bool(torch.isfinite(factor).all()):
+            return factor, damped
+        damp *= 10
+    raise CalibrationError("the Hessian of a layer's inputs has no Cholesky factor even at full damping; calibrate on more or other text, or in float32")
+
+
+def _without_dead(hessian: Tensor) -> Tensor:
+    """A copy whose inputs that were never on have the mean diagonal instead of zero: their weights are then rounded to nearest."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    if bool(dead.any()):
+        alive = diagonal[~dead]
+        diagonal[dead] = alive.mean() if alive.numel() else 1.0
+    return hessian
