@@ -42,6 +42,8 @@ def resolve(source: str, *, revision: str | None = None) -> Source:
     Raises:
         SourceError: there is no such model, or it cannot be had; says what would work.
     """
+    if not source:
+        raise SourceError(f"there is no folder of an empty name; {_EXPECTED}")
     path = Path(source).expanduser()
     if source == REFERENCE:
         return Source(_reference_folder(), REFERENCE)

@@ -169,17 +169,27 @@ def _size(num_bytes: int) -> str:
 
 
 def _lay_out(folder: Path, plan: Sequence[TensorPlan], max_shard_size: int, metadata: Mapping[str, str]) -> list[_Shard]:
-    groups: list[list[TensorPlan]] = [[]]
-    filled = 0
-    for tensor in plan:
-        if groups[-1] and filled + tensor.nbytes > max_shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += tensor.nbytes
+    groups = _split(plan, max_shard_size) or [[]]
     count = len(groups)
     names = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     return [_shard(folder / name, group, metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def _split(plan: Sequence[TensorPlan], max_shard_size: int) -> list[list[TensorPlan]]:
+    """The plan in shards, as huggingface_hub splits a state dict: greedily, and a tensor over the limit alone, ahead of the shard being filled."""
+    groups: list[list[TensorPlan]] = []
+    current: list[TensorPlan] = []
+    filled = 0
+    for tensor in plan:
+        if tensor.nbytes > max_shard_size:
+            groups.append([tensor])
+            continue
+        if filled + tensor.nbytes > max_shard_size:
+            groups.append(current)
+            current, filled = [], 0
+        current.append(tensor)
+        filled += tensor.nbytes
+    return [*groups, current] if current else groups
 
 
 def _shard(path: Path, tensors: list[TensorPlan], metadata: Mapping[str, str]) -> _Shard:
