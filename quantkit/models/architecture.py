@@ -1,0 +1,179 @@
+"""A decoder as blocks of linears, found in the module tree that transformers builds from a config, without weights.
+
+No table of model families: the blocks are the largest list of modules, the linears are the Linear and Conv1D modules in them, and whatever
+else holds a matrix is named as left alone. Anything transformers can build as a causal language model is understood.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.errors import SourceError
+from quantkit.models.experts import can_separate, is_fused, separate
+from quantkit.models.names import Names, find_name
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One matrix multiplication of a block.
+
+    Attributes:
+        path: the module's path in the whole model.
+        name: the module's name in the checkpoint; its weight is `name + ".weight"`.
+        shape: (N, K), whatever the order in which the file keeps it.
+        is_transposed: the file keeps [K, N] (GPT-2's Conv1D).
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, int]
+    is_transposed: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    path: str
+    module: nn.Module
+    linears: list[Linear]
+    left_alone: dict[str, str]
+    """Matrices that are not Linears, or must not be quantized, by checkpoint name, with the reason."""
+
+
+@dataclass(eq=False, slots=True)
+class Architecture:
+    """A model on the meta device and what was found in it."""
+
+    config: PretrainedConfig
+    model: nn.Module
+    blocks: list[Block]
+    prefix: str
+    outside: list[Linear]
+    """Linears outside the blocks: the head and projections around it."""
+
+    def find(self, parameter: str, names: Names) -> str | None:
+        return find_name(parameter, self.prefix, names)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model was made for."""
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The checked config of a causal language model.
+
+    Raises:
+        SourceError: there is no config, the architecture is unknown, needs remote code, or is no decoder.
+    """
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json, so it is no Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise SourceError(_unknown(folder, error)) from error
+    _require_decoder(config)
+    return config
+
+
+def describe(config: PretrainedConfig, names: Names, *, trust_remote_code: bool = False) -> Architecture:
+    """Build the module tree without weights and find its blocks and linears.
+
+    Args:
+        names: the checkpoint's tensor names: fused experts are separated only where the checkpoint keeps them apart.
+
+    Raises:
+        SourceError: transformers cannot build the model, or it has no list of blocks.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise SourceError(f"transformers cannot build {config.model_type!r} as a causal language model: {error}") from error
+    model.eval()
+    prefix = model.base_model_prefix
+    path, block_list = _block_list(model)
+    blocks = [_block(f"{path}.{i}", module, prefix, names) for i, module in enumerate(block_list)]
+    inside = {linear.path for block in blocks for linear in block.linears}
+    outside = [
+        Linear(p, (find_name(f"{p}.weight", prefix, names) or f"{p}.weight").removesuffix(".weight"), _shape(m), isinstance(m, Conv1D))
+        for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and p not in inside and not p.startswith(f"{path}.")
+    ]
+    return Architecture(config, model, blocks, prefix, outside)
+
+
+def _unknown(folder: Path, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return f"{folder} needs code of its own to be built; read that code, then pass --trust-remote-code if you trust it"
+    return f"{folder}: transformers does not know this architecture: {text.splitlines()[0]}"
+
+
+def _require_decoder(config: PretrainedConfig) -> None:
+    causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([value] if isinstance(value, str) else value)}
+    named = list(getattr(config, "architectures", None) or [])
+    if getattr(config, "is_encoder_decoder", False):
+        raise SourceError(f"{config.model_type} is an encoder-decoder model ({', '.join(named)}); quantkit converts decoder-only language models")
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if named and not remote and not any(name in causal for name in named):
+        raise SourceError(f"{', '.join(named)} is no causal language model; quantkit converts decoder-only models (architectures such as LlamaForCausalLM)")
+    if not named and not remote and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise SourceError(f"model type {config.model_type!r} has no causal language model in transformers")
+
+
+def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    outermost = [(path, m) for path, m in lists if not any(path.startswith(f"{other}.") for other, _ in lists if other != path)]
+    if not outermost:
+        raise SourceError(f"{type(model).__name__} has no list of decoder blocks")
+    return max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _block(path: str, module: nn.Module, prefix: str, names: Names) -> Block:
+    left_alone: dict[str, str] = {}
+    for sub, fused in list(module.named_modules()):
+        if is_fused(fused):
+            whole = find_name(f"{path}.{sub}.gate_up_proj", prefix, names) is not None
+            if can_separate(fused) and not whole:
+                module.set_submodule(sub, separate(fused))
+            else:
+                left_alone[f"{path}.{sub}"] = "fused experts in a layout that is not taken apart"
+    linears = []
+    for sub, leaf in module.named_modules():
+        if not isinstance(leaf, nn.Linear | Conv1D):
+            if leaf is not module and not list(leaf.children()) and any(p.ndim == 2 for p in leaf.parameters(recurse=False)):
+                left_alone[f"{path}.{sub}"] = f"{type(leaf).__name__}, not a Linear"
+            continue
+        name = find_name(f"{path}.{sub}.weight", prefix, names)
+        if _is_router(sub, module):
+            left_alone[f"{path}.{sub}"] = "router of experts"
+        elif name is not None:
+            linears.append(Linear(f"{path}.{sub}", name.removesuffix(".weight"), _shape(leaf), isinstance(leaf, Conv1D)))
+        else:
+            linears.append(Linear(f"{path}.{sub}", f"{path}.{sub}", _shape(leaf), isinstance(leaf, Conv1D)))
+    return Block(path, module, linears, left_alone)
+
+
+def _is_router(sub: str, block: nn.Module) -> bool:
+    """A Linear beside experts that scores them."""
+    parent, _, leaf = sub.rpartition(".")
+    return leaf in ("gate", "router", "shared_expert_gate") and any(name == "experts" for name, _ in block.get_submodule(parent).named_children())
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+

@@ -1,0 +1,208 @@
+"""Run a decoder one block at a time, with one block's weights in memory.
+
+The model's own forward decides what a block is given besides hidden states (masks, rotary tables, which differ from block to block in some
+families): it is run with the embedding replaced by the hidden states at hand and every block but one passed through, and is left as soon as
+that block has answered. So nothing but hidden states is kept between blocks, and no family needs a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.errors import SourceError
+from quantkit.models.architecture import Architecture, Block
+
+
+class Weights(Protocol):
+    """Dense tensors by checkpoint name; linears come as [N, K] or as the file keeps them."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+
+class _Answered(Exception):
+    """Carries a block's output out of the model's forward."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+class BlockRunner:
+    """Forward passes through the parts of one model."""
+
+    def __init__(self, architecture: Architecture, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.architecture, self.device, self.dtype = architecture, torch.device(device), dtype
+        self._returns_tuple: bool | None = None
+        _move_buffers(architecture.model, self.device)
+
+    def load(self, module_path: str, weights: Weights) -> None:
+        """Give one module of the tree its weights."""
+        module = self.architecture.model.get_submodule(module_path)
+        for name, parameter in [*module.named_parameters(), *_persistent_buffers(module)]:
+            self._set(module, name, f"{module_path}.{name}", parameter, weights)
+
+    def unload(self, module_path: str) -> None:
+        """Take the weights away again."""
+        module = self.architecture.model.get_submodule(module_path)
+        for name, _ in list(module.named_parameters()):
+            set_module_tensor_to_device(module, name, "meta")
+
+    def load_outside(self, weights: Weights) -> None:
+        """Give weights to everything that is not a block: embeddings, norms, head. Tied parameters stay one tensor."""
+        model = self.architecture.model
+        inside = tuple(f"{block.path}." for block in self.architecture.blocks)
+        for name, parameter in [*model.named_parameters(), *_persistent_buffers(model)]:
+            if not name.startswith(inside):
+                self._set(model, name, name, parameter, weights)
+        model.tie_weights()
+
+    def unload_outside(self) -> None:
+        model = self.architecture.model
+        inside = tuple(f"{block.path}." for block in self.architecture.blocks)
+        for name, _ in list(model.named_parameters()):
+            if not name.startswith(inside):
+                set_module_tensor_to_device(model, name, "meta")
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states [B, T, H] that enter the first block. Needs `load_outside`."""
+        with self._blocks_replaced(lambda index, hidden, *_: _answer(hidden)), self._stopping() as stop:
+            return stop(input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device))
+
+    def block(self, index: int, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states [B, T, H] after block `index`, whose weights must be loaded."""
+
+        def forward(at: int, passing: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if at != index:
+                return self._pass(passing)
+            output = original(hidden, *args, **kwargs)
+            return _answer(output[0] if isinstance(output, tuple) else output)
+
+        hidden = hidden.to(self.device)
+        with self._blocks_replaced(forward), self._embedding_replaced(hidden), self._stopping() as stop:
+            return stop(input_ids=self._blank_ids(hidden), position_ids=position_ids.to(self.device))
+
+    def logits(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        """Logits [B, T, V] in float32 from the hidden states that leave the last block. Needs `load_outside`."""
+        hidden = hidden.to(self.device)
+        with self._blocks_replaced(lambda index, passing, *_: self._pass(hidden)), self._embedding_replaced(hidden):
+            out = self._forward(input_ids=self._blank_ids(hidden), position_ids=position_ids.to(self.device))
+        return out.logits.float()
+
+    def settle(self, hidden: Tensor, position_ids: Tensor) -> None:
+        """Learn once whether this family's blocks return a tensor or a tuple, by trying with all of them passed through."""
+        for returns_tuple in (False, True):
+            self._returns_tuple = returns_tuple
+            seen: list[torch.Size] = []
+
+            def record(index: int, passing: Tensor, *_: Any, seen: list[torch.Size] = seen) -> Any:
+                seen.append(passing.shape)
+                return self._pass(hidden)
+
+            try:
+                with self._blocks_replaced(record), self._embedding_replaced(hidden):
+                    out = self._forward(input_ids=self._blank_ids(hidden), position_ids=position_ids)
+            except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+                continue
+            if all(shape == hidden.shape for shape in seen) and out.logits.shape[:2] == hidden.shape[:2]:
+                return
+        raise SourceError(f"{type(self.architecture.model).__name__} cannot be run block by block: its blocks pass on more than hidden states")
+
+    def _pass(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    def _forward(self, **inputs: Tensor) -> Any:
+        with torch.no_grad():
+            return self.architecture.model(**inputs, use_cache=False)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[Callable[..., Tensor]]:
+        def run(**inputs: Tensor) -> Tensor:
+            try:
+                self._forward(**inputs)
+            except _Answered as answer:
+                return answer.output
+            raise SourceError(f"{type(self.architecture.model).__name__} did not call its decoder blocks")
+
+        yield run
+
+    @contextmanager
+    def _blocks_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        modules = [block.module for block in self.architecture.blocks]
+        for index, module in enumerate(modules):
+            module.forward = _bound(forward, index, module.forward)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+    @contextmanager
+    def _embedding_replaced(self, hidden: Tensor) -> Iterator[None]:
+        """Let the token embedding answer with these states; what families add or scale afterwards never reaches a block."""
+        embedding = self.architecture.model.get_input_embeddings()
+        width = getattr(embedding, "embedding_dim", hidden.shape[-1])
+        answer = hidden if width == hidden.shape[-1] else hidden.new_zeros((*hidden.shape[:2], width))
+        embedding.forward = lambda *args, **kwargs: answer
+        try:
+            yield
+        finally:
+            del embedding.forward
+
+    def _blank_ids(self, hidden: Tensor) -> Tensor:
+        return torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+
+    def _set(self, module: nn.Module, name: str, path: str, parameter: Tensor, weights: Weights) -> None:
+        found = self.architecture.find(path, weights)
+        if found is None:
+            if path in _tied(self.architecture.model):
+                return
+            raise SourceError(f"the checkpoint has no tensor for {path} {list(parameter.shape)}")
+        value = weights.get(found)
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if value.shape != parameter.shape and isinstance(owner, Conv1D) and value.T.shape == parameter.shape:
+            value = value.T.contiguous()
+        if value.shape != parameter.shape:
+            raise SourceError(f"{found} is {list(value.shape)} in the checkpoint; the config's model wants {list(parameter.shape)}")
+        dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
+        set_module_tensor_to_device(module, name, self.device, value=value, dtype=dtype)
+
+
+def decoder_linears(block: Block, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block's linears by checkpoint name."""
+    return {linear.name: model.get_submodule(linear.path) for linear in block.linears}
+
+
+def _answer(output: Tensor) -> Any:
+    raise _Answered(output)
+
+
+def _bound(forward: Callable[..., Any], index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        return forward(index, hidden, original, args[1:] if args else (), kwargs)
+
+    return bound
+
+
+def _tied(model: nn.Module) -> set[str]:
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    return set(keys) if getattr(model.config.get_text_config(), "tie_word_embeddings", False) else set()
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    persistent = module.state_dict().keys()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for name, buffer in list(model.named_buffers()):
+        if buffer.device != device and buffer.device.type != "meta":
+            set_module_tensor_to_device(model, name, device, value=buffer)

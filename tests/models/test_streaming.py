@@ -1,0 +1,73 @@
+"""Block by block equals the whole model, for families that differ in masks, rotary tables, norms, caps, experts and weight layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.models.architecture import describe, load_config
+from quantkit.models.streaming import BlockRunner
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+FAMILIES = {
+    "llama": SMALL, "mistral": SMALL | {"sliding_window": 8}, "qwen2": SMALL | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": SMALL, "gemma": SMALL, "gemma2": SMALL | {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": SMALL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": SMALL, "olmo2": SMALL, "cohere": SMALL, "stablelm": SMALL, "granite": SMALL, "starcoder2": SMALL, "smollm3": SMALL,
+    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": SMALL, "opt": SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "falcon": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "alibi": False},
+    "mixtral": SMALL | MOE, "qwen2_moe": SMALL | MOE | {"shared_expert_intermediate_size": 32}, "qwen3_moe": SMALL | MOE, "olmoe": SMALL | MOE,
+}
+
+
+def save_random(family: str, folder: Path) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> None:
+    whole = save_random(family, tmp_path)
+    reader = CheckpointReader(tmp_path)
+    runner = BlockRunner(describe(load_config(tmp_path), reader))
+    ids = torch.randint(3, 64, (2, 20))
+    positions = torch.arange(20).expand(2, 20)
+
+    runner.load_outside(reader)
+    hidden = runner.embed(ids, positions)
+    runner.settle(hidden, positions)
+    for index, block in enumerate(runner.architecture.blocks):
+        runner.load(block.path, reader)
+        hidden = runner.block(index, hidden, positions)
+        runner.unload(block.path)
+    logits = runner.logits(hidden, positions)
+
+    with torch.no_grad():
+        expected = whole(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_a_block_is_a_linear_or_named_as_left_alone(family: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path)
+    reader = CheckpointReader(tmp_path)
+    architecture = describe(load_config(tmp_path), reader)
+    linears = {f"{linear.name}.weight" for block in architecture.blocks for linear in block.linears}
+    alone = {name for block in architecture.blocks for name in block.left_alone}
+    matrices = {n for n in reader.names if len(reader.info(n).shape) > 1 and any(f".{i}." in n for i in range(3))}
+
+    assert linears <= set(reader.names)
+    unnamed = {m for m in matrices - linears if not any(architecture.find(f"{name}.weight", reader) == m or m.startswith(name) for name in alone)}
+    assert not unnamed
