@@ -1,0 +1,71 @@
+"""A checkpoint of any container seen as dense weights: quantized layers are decoded when they are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.scheme import Scheme
+from quantkit.formats.base import Format
+from quantkit.formats.registry import format_of
+
+
+class OpenedCheckpoint:
+    """Reads headers only until a tensor is asked for.
+
+    Attributes:
+        format: the container of its quantized layers, or None when there are none.
+        schemes: how each quantized module is stored, by the module's name.
+
+    Raises:
+        SourceError, CheckpointError: as CheckpointReader.
+        FormatError: it is quantized in a container, or in a way, that is not read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.reader = CheckpointReader(folder)
+        config = self.reader.quantization_config
+        self.format: Format | None = format_of(config) if config else None
+        self.schemes: dict[str, Scheme] = self.format.read_config(config, self.reader.names) if self.format and config else {}
+        parts = {f"{module}.{part}" for module, scheme in self.schemes.items() for part in self.format.part_names(scheme)} if self.format else set()
+        self.dense_names = [name for name in self.reader.names if name not in parts]
+        self._known = {*self.dense_names, *(f"{module}.weight" for module in self.schemes)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    @property
+    def names(self) -> list[str]:
+        """Dense names: every tensor that is stored as it is, and `module.weight` of every quantized module."""
+        return [*self.dense_names, *(f"{module}.weight" for module in self.schemes)]
+
+    def get(self, name: str) -> Tensor:
+        """A dense tensor: as stored, or decoded to float32 [N, K]."""
+        module = name.removesuffix(".weight")
+        if module in self.schemes and name.endswith(".weight"):
+            return self.quantized(module).dequantize()
+        return self.reader.get(name)
+
+    def parts(self, module: str) -> list[str]:
+        """The stored names of a quantized module's tensors."""
+        assert self.format is not None
+        return [name for part in self.format.part_names(self.schemes[module]) if (name := f"{module}.{part}") in self.reader]
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        assert self.format is not None
+        stored = {name.rpartition(".")[2]: self.reader.get(name) for name in self.parts(module)}
+        return self.format.decode(stored, self.schemes[module])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most of its unquantized values."""
+        sizes: dict[torch.dtype, int] = {}
+        for name in self.dense_names:
+            info = self.reader.info(name)
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return max(sizes, key=lambda d: sizes[d]) if sizes else torch.float32
