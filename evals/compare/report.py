@@ -1,0 +1,87 @@
+"""The comparison as markdown: one table of what each method cost and lost, one of paired differences."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import getitem
+from statistics import fmean
+from typing import Any
+
+import torch
+
+Results = list[dict[str, Any]]
+Kls = dict[tuple[str, int, int], torch.Tensor]
+
+
+def mean_over(found: Results, *path: str) -> float:
+    return fmean(reduce(getitem, path, result) for result in found)
+
+
+def method_row(name: str, found: Results) -> str:
+    good = [r for r in found if "evaluation" in r]
+    if not good:
+        return f"| {name} | failed: {found[0]['conversion']['error']} | | | | | | | |"
+    per_seed = " ".join(f"{r['evaluation']['kl']:.4f}" for r in good)
+    kl, error = mean_over(good, "evaluation", "kl"), mean_over(good, "evaluation", "kl_se_rows")
+    failed = f" ({len(found) - len(good)} failed)" if len(good) < len(found) else ""
+    return (
+        f"| {name}{failed} | {mean_over(good, 'evaluation', 'linear_bpw'):.3f} | {kl:.4f} ± {error:.4f} | {per_seed} "
+        f"| {mean_over(good, 'evaluation', 'ppl'):.3f} | {mean_over(good, 'evaluation', 'top1_agreement'):.4f} "
+        f"| {mean_over(good, 'conversion', 'wall_seconds'):.1f} | {mean_over(good, 'conversion', 'cpu_seconds'):.1f} "
+        f"| {max(r['conversion']['max_rss_mib'] for r in good)} |"
+    )
+
+
+def paired_row(ours: str, peer: str, bits: int, kls: Kls) -> str | None:
+    """KL(ours) - KL(peer) on the same tokens: errors over rows (of the mean over seeds) and over seeds, added in quadrature."""
+    mine = {seed: kl for (name, b, seed), kl in kls.items() if (name, b) == (ours, bits)}
+    theirs = {seed: kl for (name, b, seed), kl in kls.items() if (name, b) == (peer, bits)}
+    if not mine or not theirs:
+        return None
+    if len(theirs) == 1:  # a method without calibration has one result for all seeds
+        theirs = dict.fromkeys(mine, next(iter(theirs.values())))
+    seeds = sorted(mine.keys() & theirs.keys())
+    if not seeds:
+        return None
+    difference = torch.stack([(mine[s] - theirs[s]).mean(1) for s in seeds])  # [seeds, rows]
+    over_rows = difference.mean(0).std() / difference.shape[1] ** 0.5
+    by_seed = difference.mean(1)
+    over_seeds = by_seed.std() / len(seeds) ** 0.5 if len(seeds) > 1 else torch.zeros(())
+    mean, error = by_seed.mean().item(), (over_rows**2 + over_seeds**2).sqrt().item()
+    relative = mean / fmean(kl.mean().item() for kl in theirs.values())
+    verdict = "within error" if abs(mean) <= 2 * error else "better" if mean < 0 else "worse"
+    return (
+        f"| {ours} | {peer} | {mean:+.5f} | {over_rows:.5f} | {over_seeds:.5f} | {100 * relative:+.1f} % "
+        f"| {int((by_seed < 0).sum())} of {len(seeds)} | {verdict} |"
+    )
+
+
+def markdown(target: str, about: dict[str, Any], results: Results, kls: Kls) -> str:
+    names = list(dict.fromkeys(r["method"] for r in results))
+    machine = about["machine"]
+    loads = [load for r in results for load in r["conversion"]["load_average"]]
+    versions: dict[str, str] = {}
+    for result in results:
+        versions |= result["conversion"].get("reported", {}).get("versions", {})
+    base = next((r["evaluation"]["ppl_base"] for r in results if "evaluation" in r), float("nan"))
+    lines = [
+        f"# {target}", "",
+        f"Model `{about['model']}`, perplexity of the baseline {base:.3f}. Calibration: {about['rows']} x {about['seq_len']} tokens of "
+        f"{', '.join(about['calibration'])}; held out: {about['heldout_rows']} x {about['seq_len']} tokens of {', '.join(about['heldout'])}.",
+        f"{max(r['date'] for r in results)[:10]}, {machine['cpu']}, {results[0]['threads']} threads of {machine['cores']} cores, "
+        f"load average {min(loads):.1f} to {max(loads):.1f} during the conversions (above the number of threads, times are upper bounds). "
+        + ", ".join(f"{name} {number}" for name, number in sorted(versions.items()) if name not in ("torch", "transformers")) + ".", "",
+    ]
+    for bits in sorted({r["bits"] for r in results}, reverse=True):
+        group = results[0]["group"]
+        lines += [
+            f"## {bits} bits, group {group}", "",
+            "| method | linear-bpw | KL ± se (rows) | KL by seed | ppl | top-1 | wall s | CPU s | peak RSS MiB |", "|---" * 9 + "|",
+            *[method_row(n, [r for r in results if (r["method"], r["bits"]) == (n, bits)]) for n in names], "",
+        ]
+        pairs = [paired_row(o, p, bits, kls) for o in names if o.startswith("quantkit-") for p in names if not p.startswith("quantkit-")]
+        if any(pairs):
+            lines += ["Paired difference of KL, token by token; better or worse beyond two standard errors:", "",
+                      "| ours | peer | KL difference | se rows | se seeds | relative | seeds won | verdict |", "|---" * 8 + "|",
+                      *[p for p in pairs if p], ""]
+    return "\n".join(lines)
