@@ -20,7 +20,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,20 +120,12 @@ def convert(case: Case, folder: Path, tokens: Path, *, tools: dict[str, str], th
     folder.mkdir(parents=True)
     values = {"model": case.target.model, "out": folder / "model", "tokens": tokens, "bits": case.bits, "group": case.target.group, "here": HERE}
     command = shlex.split(case.method.command.format(**values, **tools))
+    if shutil.which(command[0]) is None:
+        raise SystemExit(f"{case.method.name}: no such program: {command[0]}")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    load_before, started = os.getloadavg()[0], time.perf_counter()
     with (folder / "log.txt").open("wb") as log, (folder / "stdout.txt").open("wb") as stdout:
-        process = subprocess.Popen(command, stdout=stdout, stderr=log, env=environment, cwd=folder)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # else Popen waits again
-    cost = {
-        "wall_seconds": round(time.perf_counter() - started, 2),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-        "max_rss_mib": usage.ru_maxrss // 1024,
-        "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
-    }
-    if process.returncode:
-        return cost | {"error": f"exit status {process.returncode}"}
+        subprocess.run([sys.executable, "-I", HERE / "measure.py", "cost.json", *command], stdout=stdout, stderr=log, env=environment, cwd=folder)
+    cost = json.loads((folder / "cost.json").read_text())
     lines = (folder / "stdout.txt").read_text(errors="replace").strip().splitlines()
     return cost | {"reported": json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}}
 
