@@ -174,5 +174,3 @@ def merged(messages: list[Message]) -> list[Message]:
 
 def plain_text(messages: list[Message]) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
-
-
