@@ -1,0 +1,50 @@
+"""Run-time quantization of a layer's input, imitated in a forward pass in floating point, as an integer kernel would see it.
+
+One dynamic symmetric scale a token, after compressed-tensors: scale = largest magnitude / 127.5, codes from -128 to 127.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.core.scheme import ActivationSpec, Scheme
+
+
+def fake_quantize(x: Tensor, spec: ActivationSpec) -> Tensor:
+    """The values of x [..., K] that its integer codes stand for, in x's type."""
+    levels = 1 << spec.bits
+    scale = x.abs().amax(-1, keepdim=True) / ((levels - 1) / 2)
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    return torch.clamp(torch.round(x / scale), -levels // 2, levels // 2 - 1) * scale
+
+
+@contextmanager
+def fake_quantize_inputs(modules: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> Iterator[None]:
+    """Within the body, quantize the input of every module whose scheme quantizes activations.
+
+    Args:
+        modules: linears by checkpoint name.
+        schemes: the checkpoint's quantized layers; names that are not among the modules are passed over.
+    """
+    handles = []
+    for name, module in modules.items():
+        scheme = schemes.get(name)
+        if scheme is not None and scheme.activation is not None:
+            handles.append(module.register_forward_pre_hook(_quantizing(scheme.activation)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _quantizing(spec: ActivationSpec) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (fake_quantize(inputs[0], spec), *inputs[1:])
+
+    return hook

@@ -1,0 +1,179 @@
+"""Two models over the same rows of tokens, each streamed block by block, and what their next-token distributions differ by.
+
+Each model's hidden states are carried through its blocks with one block's weights in memory; then both heads turn the states into logits, a few
+rows at a time. So the peak is one block, or two heads with a few rows' logits, beside two sets of hidden states [rows, T, H].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantkit.core.divergence import Divergence, DivergenceResult, Perplexity, PerplexityResult
+from quantkit.core.scheme import Scheme
+from quantkit.errors import CheckpointError
+from quantkit.models.activations import fake_quantize_inputs
+from quantkit.models.architecture import Architecture
+from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
+
+_LOGITS_AT_ONCE = 1 << 27
+"""Values of one model's logits held at once: 512 MB in float32."""
+
+Progress = Callable[[str, int, int], None]
+"""Told which model is at work, blocks done, and blocks in all."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenRows:
+    """Rows of tokens, and which predictions count.
+
+    Attributes:
+        input_ids, position_ids: int64 [R, T]. Positions that restart at 0 begin a text that attends to nothing before it.
+        counted: bool [R, T]; place t stands for the prediction of token t + 1. The last place never counts.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    counted: Tensor
+
+    @classmethod
+    def of_texts(cls, input_ids: Tensor, position_ids: Tensor | None = None, valid: Tensor | None = None) -> TokenRows:
+        """Rows where every token counts that is predicted from the same text, except padding.
+
+        Args:
+            position_ids: by default 0 to T - 1 in every row.
+            valid: bool [R, T], False on padding.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        counted = torch.zeros(input_ids.shape, dtype=torch.bool)
+        counted[:, :-1] = position_ids[:, 1:] > 0
+        if valid is not None:
+            counted[:, :-1] &= valid[:, 1:]
+        return cls(input_ids, position_ids, counted)
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [R, T]: the next token at every place."""
+        return self.input_ids.roll(-1, dims=1)
+
+    @property
+    def num_counted(self) -> int:
+        return int(self.counted.sum())
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StreamedModel:
+    """A model to be streamed.
+
+    Attributes:
+        schemes: its quantized layers by checkpoint name; the inputs of those that quantize activations are quantized in the forward pass too.
+        label: what to call it in progress and errors.
+    """
+
+    architecture: Architecture
+    weights: Weights
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    label: str = "the model"
+
+
+def compare(
+    baseline: StreamedModel,
+    quantized: StreamedModel,
+    rows: TokenRows,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> DivergenceResult:
+    """What the quantized model's distributions differ by from the baseline's.
+
+    Args:
+        batch_size: rows that pass through a block at once.
+        dtype: the type in which blocks are computed; distributions are float32 whatever it is.
+
+    Raises:
+        SourceError: a tensor is absent or of the wrong shape, or the model cannot be run block by block.
+        CheckpointError: a model gives NaN or infinite values; the message says which, and from where on.
+        UsageError: no token counts.
+    """
+    divergence = Divergence()
+    for (base, quant), part in _logits([baseline, quantized], rows, batch_size, device, dtype, progress):
+        divergence.add(base, quant, part.targets.to(base.device), part.counted.to(base.device))
+    return divergence.result()
+
+
+def perplexity(
+    model: StreamedModel,
+    rows: TokenRows,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """The perplexity of one model; arguments and errors as `compare`."""
+    collected = Perplexity()
+    for (logits,), part in _logits([model], rows, batch_size, device, dtype, progress):
+        collected.add(logits, part.targets.to(logits.device), part.counted.to(logits.device))
+    return collected.result()
+
+
+def _logits(
+    models: list[StreamedModel], rows: TokenRows, batch_size: int, device: torch.device | str, dtype: torch.dtype, progress: Progress | None
+) -> Iterator[tuple[list[Tensor], TokenRows]]:
+    """Every model's logits of the same few rows."""
+    runners = [BlockRunner(model.architecture, device=device, dtype=dtype) for model in models]
+    hidden = [_last_hidden(model, runner, rows, batch_size, progress) for model, runner in zip(models, runners, strict=True)]
+    for model, runner in zip(models, runners, strict=True):
+        runner.load_outside(model.weights)
+    vocabulary = int(models[0].architecture.config.get_text_config().vocab_size)
+    rows_at_once = max(1, min(batch_size, _LOGITS_AT_ONCE // (vocabulary * rows.input_ids.shape[1])))
+    for start in range(0, len(rows.input_ids), rows_at_once):
+        part = _rows(rows, start, start + rows_at_once)
+        logits = []
+        for model, runner, states in zip(models, runners, hidden, strict=True):
+            with _outside_inputs_quantized(model):
+                logits.append(runner.logits(states[start : start + rows_at_once], part.position_ids))
+        yield logits, part
+    for runner in runners:
+        runner.unload_outside()
+
+
+def _last_hidden(model: StreamedModel, runner: BlockRunner, rows: TokenRows, batch_size: int, progress: Progress | None) -> Tensor:
+    """Hidden states [R, T, H] on the CPU that leave the last block."""
+    starts = range(0, len(rows.input_ids), batch_size)
+    parts = [_rows(rows, start, start + batch_size) for start in starts]
+    runner.load_outside(model.weights)
+    hidden = torch.cat([runner.embed(part.input_ids, part.position_ids).cpu() for part in parts])
+    runner.settle(hidden[:1].to(runner.device), rows.position_ids[:1].to(runner.device))
+    runner.unload_outside()
+    blocks = model.architecture.blocks
+    for index, block in enumerate(blocks):
+        runner.load(block.path, model.weights)
+        with fake_quantize_inputs(decoder_linears(block, model.architecture.model), model.schemes):
+            for start, part in zip(starts, parts, strict=True):
+                hidden[start : start + batch_size] = runner.block(index, hidden[start : start + batch_size], part.position_ids).cpu()
+        runner.unload(block.path)
+        if not torch.isfinite(hidden).all():
+            fault = "NaN" if torch.isnan(hidden).any() else "infinite values"
+            raise CheckpointError(f"{model.label} gives {fault} from {block.path} on: weights or scales are damaged, or overflow in {runner.dtype}")
+        if progress:
+            progress(model.label, index + 1, len(blocks))
+    return hidden
+
+
+def _rows(rows: TokenRows, start: int, stop: int) -> TokenRows:
+    return TokenRows(rows.input_ids[start:stop], rows.position_ids[start:stop], rows.counted[start:stop])
+
+
+@contextmanager
+def _outside_inputs_quantized(model: StreamedModel) -> Iterator[None]:
+    modules = {linear.name: model.architecture.model.get_submodule(linear.path) for linear in model.architecture.outside}
+    with fake_quantize_inputs(modules, model.schemes):
+        yield
