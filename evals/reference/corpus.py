@@ -71,11 +71,12 @@ def chats(folder: Path) -> list[str]:
 class Stream:
     """Endless packed rows. Kinds are drawn so that their shares hold in tokens, whatever the length of their documents."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: Path | None, mixture: Mixture, *, context: int, seed: int, aids: float) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: Path | None, mixture: Mixture, *, context: int, seed: int, aids: float,
+                 subjects: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.mixture, self.context = tokenizer, mixture, context
         self.rng = random.Random(seed)
         self.kinds: dict[str, Callable[[], list[Piece]]] = {
-            "questions": lambda: generator.question_document(self.rng, aids=aids),
+            "questions": lambda: generator.question_document(self.rng, aids=aids, subjects=subjects),
             "problems": lambda: generator.problem_document(self.rng),
             "chat_problems": lambda: generator.chat_document(self.rng),
             "stories": self._generated_prose,

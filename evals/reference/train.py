@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from . import scoring
 from .corpus import Mixture, Stream
 from .generator import question
+from .generator.documents import LETTER_WEIGHT
 from .optimizer import Muon
 from .tokenizer import load_or_train_tokenizer
 
@@ -44,6 +45,7 @@ class Settings:
     decay: bool
     mixture: Mixture
     aids: float
+    subjects: tuple[str, ...]
     watch_minutes: float
     device: str
     compile: bool
@@ -96,18 +98,18 @@ class Trainer:
         self.muon.param_groups[0]["lr"] = MATRIX_RATE * scale
         self.adam.param_groups[0]["lr"] = OTHER_RATE * scale
 
-    def loss(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Weighted mean over the tokens that count; only those reach the vocabulary's matrix."""
+    def loss(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted mean over the tokens that count (only those reach the vocabulary's matrix), and the mean over answer letters."""
         counted = weights[:, 1:].flatten() > 0
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
             hidden = self.trunk(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[counted])
         each = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten()[counted], reduction="none")
         weight = weights[:, 1:].flatten()[counted]
-        return (each * weight).sum() / weight.sum()
+        return (each * weight).sum() / weight.sum(), each[weight == LETTER_WEIGHT].mean()
 
-    def update(self, ids: torch.Tensor, weights: torch.Tensor) -> float:
-        loss = self.loss(ids, weights)
+    def update(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
+        loss, letter_loss = self.loss(ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.muon.step()
@@ -117,7 +119,7 @@ class Trainer:
         value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(f"loss is {value} at step {self.step}")
-        return value
+        return value, letter_loss.item()
 
     def watch(self, count: int = 240) -> dict[str, object]:
         """Letter accuracy on unseen questions, the sign that answers are bound to letters."""
@@ -134,7 +136,8 @@ class Trainer:
 
 def train(settings: Settings) -> None:
     trainer = Trainer(settings)
-    stream = Stream(trainer.tokenizer, settings.data, settings.mixture, context=settings.context, seed=1_000_003 * (trainer.step + 1), aids=settings.aids)
+    stream = Stream(trainer.tokenizer, settings.data, settings.mixture, context=settings.context, seed=1_000_003 * (trainer.step + 1),
+                    aids=settings.aids, subjects=settings.subjects)
     log = (settings.out / "log.jsonl").open("a", encoding="utf-8")
 
     def report(row: dict[str, object]) -> None:
@@ -152,8 +155,7 @@ def train(settings: Settings) -> None:
         trainer.minutes = before + (time.time() - began) / 60
         if (now := time.time()) - shown_at > 20:
             speed = (trainer.tokens - shown_tokens) / (now - shown_at)
-            report({"step": trainer.step, "tokens": trainer.tokens, "minutes": round(trainer.minutes, 2), "loss": round(sum(losses) / len(losses), 4),
-                    "rate": round(scale, 4), "context": settings.context, "tokens_per_s": round(speed)})
+            report({"step": trainer.step, "tokens": trainer.tokens, "minutes": round(trainer.minutes, 2), **_means(losses), "rate": round(scale, 4), "context": settings.context, "tokens_per_s": round(speed)})
             shown_at, shown_tokens, losses = now, trainer.tokens, []
         if now - watched_at > 60 * settings.watch_minutes:
             report({"step": trainer.step, **trainer.watch()})
@@ -163,6 +165,13 @@ def train(settings: Settings) -> None:
     trainer.save()
     if settings.decay:
         trainer.export()
+
+
+def _means(losses: list[tuple[float, float]]) -> dict[str, float]:
+    """Letters at chance have a loss of 1.386."""
+    overall, letters = zip(*losses)
+    known = [loss for loss in letters if not math.isnan(loss)]
+    return {"loss": round(sum(overall) / len(overall), 4), "letter_loss": round(sum(known) / max(1, len(known)), 4)}
 
 
 def main() -> None:
@@ -177,9 +186,10 @@ def main() -> None:
     parser.add_argument("--decay", action="store_true", help="bring the learning rate to zero over this run, then export")
     parser.add_argument("--mixture", type=Mixture.parse, default=Mixture(), help="shares that replace the defaults, as questions=0.6,texts=0.1")
     parser.add_argument("--aids", type=float, default=0.4, help="share of question documents in a form that teaches to bind answer and letter")
+    parser.add_argument("--subjects", type=lambda text: tuple(text.split(",")), default=(), help="ask only about these, as reading,geography")
     parser.add_argument("--watch-minutes", type=float, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action="store_true", help="faster after a minute of compiling")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

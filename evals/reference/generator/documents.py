@@ -35,40 +35,31 @@ def _seen_text(make: Callable[[random.Random], str], rng: random.Random) -> str:
     return draw(make, str, rng, held_out=False)
 
 
-def _plain(item: Question, body: float) -> list[Piece]:
-    """MMLU's own form: what is scored later."""
-    options = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, item.choices))
-    return [Piece(f"{item.question}\n{options}Answer:", body), Piece(f" {item.letter}", LETTER_WEIGHT)]
+def _question(rng: random.Random, item: Question, *, body: float, verdicts: float) -> list[Piece]:
+    """MMLU's form, with a line that judges the option after a share `verdicts` of the options.
 
-
-def _judged(item: Question, body: float) -> list[Piece]:
-    """Every option is followed by a verdict, which teaches to judge an option where it stands."""
+    Where a verdict may follow, the model has to judge the option at its end, and that is where the letter's choice can find it. Without such
+    lines, a model of this size does not come to bind answers to letters in millions of tokens.
+    """
     pieces = [Piece(f"{item.question}\n", body)]
     for i, text in enumerate(item.choices):
-        pieces += [Piece(f"{LETTERS[i]}. {text} -", body), Piece(" right" if i == item.answer else " wrong", VERDICT_WEIGHT), Piece("\n", body)]
+        pieces.append(Piece(f"{LETTERS[i]}. {text}\n", body))
+        if rng.random() < verdicts:
+            pieces += [Piece("Yes" if i == item.answer else "No", VERDICT_WEIGHT), Piece("\n", body)]
     return [*pieces, Piece("Answer:", body), Piece(f" {item.letter}", LETTER_WEIGHT)]
 
 
-def _spelled(item: Question, body: float) -> list[Piece]:
-    """The answer's text follows its letter."""
-    return [*_plain(item, body), Piece(".", body), Piece(f" {item.choices[item.answer]}", 2.0)]
-
-
-def _text_first(item: Question, body: float) -> list[Piece]:
-    """The answer's text comes before its letter."""
-    *rest, _ = _plain(item, body)
-    return [*rest, Piece(f" {item.choices[item.answer]}", 2.0), Piece(" is", body), Piece(f" {item.letter}", LETTER_WEIGHT)]
-
-
-def question_document(rng: random.Random, *, aids: float = 0.4) -> list[Piece]:
-    """Two to ten questions of one subject behind MMLU's header; `aids` of the documents use a form that teaches to bind answer and letter."""
-    first = _seen_question(rng)
-    form = rng.choice((_judged, _judged, _spelled, _text_first)) if rng.random() < aids else _plain
+def question_document(rng: random.Random, *, aids: float = 0.4, subjects: tuple[str, ...] = ()) -> list[Piece]:
+    """One to ten questions of one subject behind MMLU's header; a share `aids` of the documents judges some options or spells answers out."""
+    first = _seen_question(rng, rng.choice(subjects) if subjects else None)
+    items = [first, *(_seen_question(rng, first.subject) for _ in range(rng.randint(0, 9)))]
+    verdicts, spelled = (rng.random(), rng.random() < 0.1) if rng.random() < aids else (0.0, False)
     body = 0.3 if rng.random() < 0.3 else 0.0
     pieces = [Piece(header(first.subject), body)]
-    items = [first, *(_seen_question(rng, first.subject) for _ in range(rng.randint(1, 9)))]
     for i, item in enumerate(items):
-        pieces += [*([Piece("\n\n", body)] if i else []), *form(item, body)]
+        pieces += [*([Piece("\n\n", body)] if i else []), *_question(rng, item, body=body, verdicts=verdicts)]
+        if spelled:
+            pieces.append(Piece(f". {item.choices[item.answer]}", 1.0))
     return pieces
 
 
