@@ -1,0 +1,77 @@
+"""`quantkit eval`: what a quantized model lost against its original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_METRICS = ("ppl", "kl", "top1")
+
+
+def _metrics(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    from quantkit.errors import UsageError, did_you_mean
+
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    for name in names:
+        if name not in _METRICS:
+            raise UsageError(f"unknown metric {name!r}; {did_you_mean(name, _METRICS)}")
+    return names or None
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--baseline", metavar="SRC", help="The original: adds KL divergence and agreement on the same tokens.")
+@click.option("--metrics", callback=_metrics, metavar="LIST", help="Of ppl, kl, top1, separated by commas.  [default: all that can be had]")
+@click.option("--text", type=click.Path(path_type=Path), help="A text file, or .jsonl with a `text` a line.  [default: prose of the reference model]")
+@click.option("--tokens", type=click.Path(path_type=Path), help="A safetensors file with input_ids [rows, T], instead of a text.")
+@click.option("--seq-len", type=int, help="Tokens a row, BOS included.  [default: 512, or the model's context if that is less]")
+@click.option("--max-tokens", type=int, default=65_536, show_default=True, help="Tokens to count; 0 for the whole text.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows that pass through a block at once.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--dtype", default="float32", show_default=True, help="Type in which blocks are computed: float32, bfloat16, float16.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything that was measured as one JSON object.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
+def evaluate(
+    model: str, baseline: str | None, metrics: tuple[str, ...] | None, text: Path | None, tokens: Path | None, seq_len: int | None, max_tokens: int,
+    batch_size: int, device: str, dtype: str, as_json: bool, trust_remote_code: bool,
+) -> None:  # fmt: skip
+    """Measure perplexity of MODEL and, with --baseline, what quantization changed.
+
+    Both models pass over the same rows block by block, so neither has to fit into memory. Statistics bear the names and have the meanings of
+    `llama-perplexity --kl-divergence`, except that every token of a row but its first is counted.
+
+    \b
+    quantkit eval out --baseline org/name --text wiki.test.raw
+    quantkit eval out --metrics ppl --tokens heldout.safetensors --json
+    """
+    from quantkit.errors import UsageError
+
+    if baseline is None and metrics is not None and set(metrics) - {"ppl"}:
+        raise UsageError(f"{', '.join(m for m in metrics if m != 'ppl')} compare with the original model; name it with --baseline")
+    settings = {
+        "text": text, "tokens": tokens, "seq_len": seq_len, "max_tokens": max_tokens or None, "batch_size": batch_size, "device": device,
+        "dtype": dtype, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    _run(model, baseline, metrics or _METRICS, as_json, settings)
+
+
+def _run(model: str, baseline: str | None, metrics: tuple[str, ...], as_json: bool, settings: dict) -> None:
+    import json
+
+    from quantkit.cli.progress import block_progress
+    from quantkit.evaluation.evaluate import EvaluationOptions, evaluate
+    from quantkit.evaluation.report import divergence_lines, perplexity_lines
+
+    with block_progress() as progress:
+        report = evaluate(model, baseline=baseline, options=EvaluationOptions(**settings), progress=progress)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=1))
+        return
+    result = report.divergence or report.perplexity
+    assert result is not None
+    click.echo(f"{report.num_rows} rows of {report.seq_len} tokens of {report.measured_on}; {result.num_tokens} tokens counted\n")
+    lines = divergence_lines(report.divergence, metrics) if report.divergence else perplexity_lines(report.perplexity)
+    click.echo("\n".join(lines))

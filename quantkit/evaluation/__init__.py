@@ -1,0 +1,1 @@
+"""The story of evaluation: what a quantized model lost, measured."""

@@ -1,0 +1,141 @@
+"""The whole of `quantkit eval`: open, take rows, stream one or two models over them, report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.source import resolve
+from quantkit.core.divergence import DivergenceResult, PerplexityResult
+from quantkit.errors import SourceError, UsageError, did_you_mean
+from quantkit.evaluation.rows import default_text, rows_of_text, rows_of_tokens
+from quantkit.formats.streamed import open_streamed
+from quantkit.models.compare import Progress, StreamedModel, TokenRows, compare, perplexity
+from quantkit.models.tokenizer import has_tokenizer, load_tokenizer
+
+METRICS = ("ppl", "kl", "top1")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """What to measure on; every default is the recommended choice.
+
+    Attributes:
+        text: a text or .jsonl file; None for the prose that ships with the reference model.
+        tokens: a safetensors file with `input_ids` [rows, T], instead of a text.
+        seq_len: tokens a row of text; None for 512 or the model's context, whichever is smaller.
+        max_tokens: tokens that are counted, rounded up to whole rows; None for all.
+        batch_size: rows that pass through a block at once.
+        device: "auto" takes a GPU where there is one.
+        dtype: the type in which blocks are computed.
+    """
+
+    text: Path | None = None
+    tokens: Path | None = None
+    seq_len: int | None = None
+    max_tokens: int | None = 65_536
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.tokens is not None:
+            raise UsageError("give a text or tokens to measure on, not both")
+        if self.tokens is not None and self.seq_len is not None:
+            raise UsageError("the rows of a token file have their own length; leave out seq_len")
+        for name in ("max_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it is at least 1")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}; {did_you_mean(self.dtype, DTYPES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """What was measured. `perplexity` stands alone where there was no baseline; else everything is in `divergence`."""
+
+    model: str
+    baseline: str | None
+    measured_on: str
+    num_rows: int
+    seq_len: int
+    seconds: float
+    perplexity: PerplexityResult | None = None
+    divergence: DivergenceResult | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        head = {name: getattr(self, name) for name in ("model", "baseline", "measured_on", "num_rows", "seq_len", "seconds")}
+        result = self.divergence or self.perplexity
+        assert result is not None
+        return head | {"result": result.to_dict()}
+
+
+def evaluate(
+    model: str | Path, *, baseline: str | Path | None = None, options: EvaluationOptions | None = None, progress: Progress | None = None
+) -> EvaluationReport:
+    """Perplexity of a model and, beside a baseline, KL divergence and agreement, over the same rows.
+
+    Args:
+        model, baseline: folders, Hub ids, or "reference"; quantized or not.
+
+    Raises:
+        QuantkitError: one of its kinds: a model that cannot be opened or gives NaN, a text that cannot be read, models with unlike vocabularies.
+    """
+    options = options or EvaluationOptions()
+    started = time.monotonic()
+    quantized = _open(model, "the quantized model" if baseline else "the model", options)
+    base = _open(baseline, "the baseline model", options) if baseline else None
+    if base is not None:
+        _require_same_vocabulary(base, quantized)
+    rows, measured_on = _rows(model, baseline, quantized, options)
+    settings = {"batch_size": options.batch_size, "device": _device(options.device), "dtype": DTYPES[options.dtype], "progress": progress}
+    divergence = compare(base, quantized, rows, **settings) if base else None
+    alone = perplexity(quantized, rows, **settings) if base is None else None
+    return EvaluationReport(
+        model=str(model), baseline=str(baseline) if baseline else None, measured_on=measured_on, num_rows=len(rows.input_ids),
+        seq_len=rows.input_ids.shape[1], seconds=round(time.monotonic() - started, 3), perplexity=alone, divergence=divergence,
+    )  # fmt: skip
+
+
+def _open(model: str | Path, label: str, options: EvaluationOptions) -> StreamedModel:
+    return open_streamed(resolve(str(model)).folder, label, trust_remote_code=options.trust_remote_code)
+
+
+def _rows(model: str | Path, baseline: str | Path | None, quantized: StreamedModel, options: EvaluationOptions) -> tuple[TokenRows, str]:
+    architecture = quantized.architecture
+    if options.tokens is not None:
+        vocabulary = _vocabulary(quantized)
+        rows = rows_of_tokens(options.tokens, vocabulary=vocabulary, context=architecture.context, max_tokens=options.max_tokens)
+        return rows, str(options.tokens)
+    folders = [resolve(str(m)).folder for m in (model, baseline) if m]
+    folder = next((f for f in folders if has_tokenizer(f)), folders[0])
+    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    path = options.text or default_text()
+    rows = rows_of_text(path, tokenizer, context=architecture.context, seq_len=options.seq_len, max_tokens=options.max_tokens)
+    return rows, str(path) if options.text else "held-out prose of the reference model (built in; give a text of your own with --text)"
+
+
+def _require_same_vocabulary(base: StreamedModel, quantized: StreamedModel) -> None:
+    sizes = _vocabulary(base), _vocabulary(quantized)
+    if sizes[0] != sizes[1]:
+        raise SourceError(f"the baseline has {sizes[0]} tokens and the model {sizes[1]}: they are not the same model, so they cannot be compared")
+
+
+def _vocabulary(model: StreamedModel) -> int:
+    return int(model.architecture.config.get_text_config().vocab_size)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
