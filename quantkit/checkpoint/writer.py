@@ -109,6 +109,16 @@ class CheckpointWriter:
             _write_all(self._open(shard), _bytes_of(tensor), shard.offsets[name])
         self._done.add(name)
 
+    def read(self, name: str) -> Tensor:
+        """A tensor that was added or marked done, read back from its place."""
+        assert name in self._done, name
+        planned, shard = self._plan[name], self._shard_of[name]
+        tensor = torch.empty(planned.shape, dtype=planned.dtype)
+        with disk_errors(shard.path), shard.path.open("rb") as file:
+            file.seek(shard.offsets[name])
+            file.readinto(_bytes_of(tensor))
+        return tensor
+
     def sync(self) -> None:
         """Make everything added so far durable; only then may a ledger record it."""
         for path, descriptor in self._opened.items():

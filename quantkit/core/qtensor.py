@@ -57,6 +57,11 @@ class QuantizedTensor:
         pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero), (self.group_of_column, other.group_of_column))
         return self.spec == other.spec and all(_same(a, b) for a, b in pairs)
 
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Some of the rows, as a tensor of their own."""
+        zero = None if self.zero is None else self.zero[start:stop].contiguous()
+        return QuantizedTensor(self.spec, self.codes[start:stop].contiguous(), self.scale[start:stop].contiguous(), zero, self.group_of_column)
+
     def to(self, device: torch.device | str) -> QuantizedTensor:
         moved = [None if t is None else t.to(device) for t in (self.codes, self.scale, self.zero, self.group_of_column)]
         return QuantizedTensor(self.spec, *moved)

@@ -1,0 +1,257 @@
+"""The whole of `quantkit convert`: resolve, plan, refuse, prepare, work, finish. Everything that can be refused is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from quantkit.checkpoint.disk import write_atomically
+from quantkit.checkpoint.ledger import Ledger
+from quantkit.checkpoint.output import copy_side_files, finish, prepare, release
+from quantkit.checkpoint.side_files import side_files
+from quantkit.checkpoint.source import Source, resolve
+from quantkit.checkpoint.writer import CheckpointWriter, require_space
+from quantkit.conversion.calibration import CalibrationOptions, CalibrationSet, load_calibration
+from quantkit.conversion.plan import Plan, make_plan
+from quantkit.conversion.recipe import Recipe
+from quantkit.conversion.report import ConversionReport, LayerResult, model_card
+from quantkit.conversion.token_file import load_token_file
+from quantkit.conversion.work import CalibratedWork, Listener, Workplace, carry, round_without_data
+from quantkit.core.divergence import DivergenceResult
+from quantkit.errors import Interrupted, QuantkitError, SourceError, UsageError, did_you_mean
+from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.registry import get_format
+from quantkit.models.architecture import Architecture, describe, load_config
+from quantkit.models.streaming import BlockRunner
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REPORT_FILE, RECIPE_FILE, CARD_FILE = "quantkit_report.json", "recipe.yaml", "README.md"
+MAX_HELD_OUT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """How to convert; every default is the recommended choice.
+
+    Attributes:
+        dtype: type of unquantized tensors in the output, "auto" to keep each.
+        device: "auto" takes a GPU where there is one.
+        max_shard_size: bytes of one weight file.
+        requantize: take an already quantized source, decoded, as the original.
+        measure: perplexity and KL on held-out calibration rows; only calibrated recipes have any.
+    """
+
+    recipe: str = "w4a16-gptq"
+    format: str = "compressed-tensors"
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    overrides: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    group_size: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_shard_size: int = 5_000_000_000
+    overwrite: bool = False
+    fresh: bool = False
+    requantize: bool = False
+    measure: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}; {did_you_mean(self.dtype, DTYPES)}")
+        if self.max_shard_size < 1:
+            raise UsageError(f"max_shard_size is {self.max_shard_size}; give a size such as 5GB")
+        get_format(self.format)
+
+
+@dataclass(eq=False, slots=True)
+class Prepared:
+    """A conversion that has been planned and not refused."""
+
+    origin: Source
+    source: OpenedCheckpoint
+    architecture: Architecture
+    recipe: Recipe
+    plan: Plan
+    options: ConvertOptions
+
+
+class Silent:
+    """A listener that hears nothing."""
+
+    def started(self, num_blocks: int) -> None: ...
+
+    def layer(self, result: LayerResult) -> None: ...
+
+    def block(self, index: int, results: list[LayerResult], *, resumed: bool) -> None: ...
+
+    def stage(self, text: str) -> None: ...
+
+
+def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
+    """Read headers and decide everything; raises the error of whatever cannot be done."""
+    recipe = Recipe.load(options.recipe).changed(overrides=options.overrides, ignore=options.ignore, group_size=options.group_size)
+    origin = resolve(source)
+    config = load_config(origin.folder, trust_remote_code=options.trust_remote_code)
+    opened = _open(origin, options)
+    architecture = describe(config, opened, trust_remote_code=options.trust_remote_code)
+    _require_tensors(architecture, opened, origin)
+    plan = make_plan(opened, architecture, recipe, options.format, DTYPES[options.dtype])
+    return Prepared(origin, opened, architecture, recipe, plan, options)
+
+
+def convert(source: str, out: str | Path, options: ConvertOptions | None = None, listener: Listener | None = None) -> ConversionReport:
+    """Convert a model and write it to `out`; see `plan_conversion` for what is refused beforehand.
+
+    Args:
+        source: folder, hub id, `modelscope:org/name`, or `reference`.
+        listener: told of progress.
+
+    Raises:
+        QuantkitError: one of its kinds, with nothing lost; an unfinished run goes on when the same call is made again.
+    """
+    options = options or ConvertOptions()
+    return run(plan_conversion(source, options), Path(out), listener or Silent())
+
+
+def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
+    """Do what was planned."""
+    started = time.monotonic()
+    options, plan = prepared.options, prepared.plan
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu" if options.device == "auto" else options.device)
+    rows = load_rows(prepared) if plan.needs_calibration else None
+    side_files(prepared.origin.folder, exclude=(CARD_FILE,))
+    partial = prepare(out, overwrite=options.overwrite, fresh=options.fresh)
+    try:
+        require_space(partial, plan.bytes_after)
+        ledger = Ledger.open(partial, _identity(prepared, rows, device), fresh=options.fresh)
+        with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
+            writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
+            place = Workplace(prepared.source, plan, writer, ledger, listener, DTYPES[options.dtype] or prepared.source.dtype, device)
+            results, divergence = _work(prepared, place, rows, partial)
+            writer.close()
+        report = _report(prepared, out, results, divergence, rows, time.monotonic() - started)
+        _write_side_files(prepared, partial, report)
+        finish(partial, out, overwrite=options.overwrite)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"stopped; what is finished is kept in {partial}, and the same command goes on from there") from error
+    finally:
+        release(partial)
+    return report
+
+
+def load_rows(prepared: Prepared) -> CalibrationSet:
+    """The calibration rows, with the rows to be held out behind them."""
+    wanted = prepared.options.calibration
+    if wanted.source and wanted.source.endswith(".safetensors"):
+        return load_token_file(Path(wanted.source), wanted, prepared.architecture)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(prepared.origin.folder, trust_remote_code=prepared.options.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SourceError(f"{prepared.origin.name} has no tokenizer that transformers can load, and calibration needs one: {error}") from error
+    extra = num_held_out(wanted.num_samples) if prepared.options.measure else 0
+    return load_calibration(replace(wanted, num_samples=wanted.num_samples + extra), tokenizer, context=prepared.architecture.context)
+
+
+def num_held_out(num_samples: int) -> int:
+    """Rows to measure on beside this many to calibrate on."""
+    return max(1, min(MAX_HELD_OUT, num_samples // 8))
+
+
+def _open(origin: Source, options: ConvertOptions) -> OpenedCheckpoint:
+    try:
+        opened = OpenedCheckpoint(origin.folder)
+    except QuantkitError as error:
+        raise type(error)(f"{origin.name}: {error}") from error
+    if opened.format is not None and not options.requantize:
+        schemes = sorted({scheme.name for scheme in opened.schemes.values()})
+        raise SourceError(
+            f"{origin.name} is already quantized: {opened.format.name}, {len(opened.schemes)} layers of {', '.join(schemes)}. "
+            "Convert the original model, or pass --requantize to take the decoded weights as they are"
+        )
+    return opened
+
+
+def _require_tensors(architecture: Architecture, opened: OpenedCheckpoint, origin: Source) -> None:
+    absent = [f"{n.name}.weight" for block in architecture.blocks for n in block.linears if f"{n.name}.weight" not in opened]
+    if absent:
+        raise SourceError(f"{origin.name} lacks {len(absent)} tensors its config promises, such as {', '.join(absent[:3])}")
+
+
+def _identity(prepared: Prepared, rows: CalibrationSet | None, device: torch.device) -> dict[str, Any]:
+    options = prepared.options
+    return {
+        "source": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.to_yaml(), "format": options.format, "dtype": options.dtype,
+        "max_shard_size": options.max_shard_size, "measure": options.measure, "calibration": rows.fingerprint if rows else None,
+        "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "quantkit": version("quantkit"),
+    }  # fmt: skip
+
+
+def _work(prepared: Prepared, place: Workplace, rows: CalibrationSet | None, partial: Path) -> tuple[list[LayerResult], DivergenceResult | None]:
+    blocks = prepared.architecture.blocks
+    place.listener.started(len(blocks))
+    carry(place)
+    if rows is None:
+        return round_without_data(place, blocks), None
+    calibration, held_out = _split(rows, prepared.options)
+    dtype = torch.float32 if place.device.type == "cpu" else place.model_dtype
+    work = CalibratedWork(place, BlockRunner(prepared.architecture, device=place.device, dtype=dtype), calibration, held_out, partial)
+    try:
+        return work.run()
+    finally:
+        work.close()
+
+
+def _split(rows: CalibrationSet, options: ConvertOptions) -> tuple[CalibrationSet, CalibrationSet | None]:
+    extra = num_held_out(options.calibration.num_samples)
+    held = min(extra, max(0, len(rows.input_ids) - min(options.calibration.num_samples, max(1, len(rows.input_ids) - extra))))
+    return rows.split(held) if options.measure and held else (rows, None)
+
+
+def _report(
+    prepared: Prepared, out: Path, results: list[LayerResult], divergence: DivergenceResult | None, rows: CalibrationSet | None, seconds: float
+) -> ConversionReport:
+    plan = prepared.plan
+    return ConversionReport(
+        source=prepared.origin.name, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results, left_alone=plan.left_alone,
+        bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw, file_bpw=plan.file_bpw, seconds=seconds,
+        peak_memory_bytes=peak_memory(), calibration=rows.report.summary() if rows else None, divergence=divergence.to_dict() if divergence else None,
+        versions={name: version(name) for name in ("quantkit", "torch", "transformers")}, notes=list(plan.notes),
+    )  # fmt: skip
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _write_side_files(prepared: Prepared, partial: Path, report: ConversionReport) -> None:
+    """Everything beside the weights; config.json, which makes the folder a model, comes last."""
+    copy_side_files(prepared.origin.folder, partial, exclude=(CARD_FILE, REPORT_FILE, RECIPE_FILE))
+    layers = {name: layer.scheme for name, layer in prepared.plan.layers.items()}
+    config = {k: v for k, v in prepared.source.reader.config.items() if k not in ("quantization_config", "compression_config")}
+    if prepared.options.dtype != "auto":
+        config |= {"dtype": prepared.options.dtype} | ({"torch_dtype": prepared.options.dtype} if "torch_dtype" in config else {})
+    config["quantization_config"] = prepared.plan.format.config(layers, prepared.plan.ignored)
+    _write_text(partial / RECIPE_FILE, prepared.recipe.to_yaml())
+    _write_text(partial / CARD_FILE, model_card(report, prepared.origin.name))
+    _write_text(partial / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
+    if config["quantization_config"]["quant_method"] == "gptq":
+        _write_text(partial / "quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")
+    _write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())
+
+

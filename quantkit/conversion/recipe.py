@@ -1,0 +1,180 @@
+"""Recipes: which layer gets which scheme by which rounding, as YAML that is checked whole before any work.
+
+The first rule whose pattern is found in a layer's name decides. A layer no rule names keeps its own type.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from quantkit.core.scheme import CHANNEL, Scheme, parse_scheme
+from quantkit.errors import RecipeError, did_you_mean
+from quantkit.paths import packaged
+
+
+class Rule(BaseModel):
+    """One line of a recipe. `rounding` is a name, or a mapping of `name` and that rounding's settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pattern: str
+    scheme: str
+    rounding: str | dict[str, Any] = "mse"
+    transforms: tuple[str, ...] = ()
+    strict: bool = Field(default=False, exclude=True)
+    """The user gave this group size: it divides or it is refused."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        return checked_pattern(value)
+
+    @field_validator("scheme")
+    @classmethod
+    def _exists(cls, value: str) -> str:
+        parse_scheme(value)
+        return value
+
+    @field_validator("transforms")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            raise RecipeError(f"unknown transform {value[0]!r}; this version rounds weights as they are, so transforms stays empty")
+        return value
+
+    def matches(self, name: str) -> bool:
+        return re.search(self.pattern, name) is not None
+
+    @property
+    def rounding_name(self) -> str:
+        return self.rounding if isinstance(self.rounding, str) else str(self.rounding.get("name"))
+
+    @property
+    def rounding_settings(self) -> dict[str, Any]:
+        return {} if isinstance(self.rounding, str) else {k: v for k, v in self.rounding.items() if k != "name"}
+
+
+class Recipe(BaseModel):
+    """A whole recipe. `fallback` is the scheme of layers that no group size fits, rounded by searched scales."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str = ""
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    fallback: str = "w8a16-channel"
+
+    @field_validator("fallback")
+    @classmethod
+    def _exists(cls, value: str) -> str:
+        parse_scheme(value)
+        return value
+
+    @classmethod
+    def load(cls, name: str) -> Recipe:
+        """A shipped recipe by name, or a YAML file by path.
+
+        Raises:
+            RecipeError: there is no such recipe, or it is not valid; the message names the key and what would work.
+        """
+        shipped = {path.stem: path for path in packaged("recipes").glob("*.yaml")}
+        path = shipped.get(name, Path(name))
+        if name not in shipped and path.suffix not in (".yaml", ".yml"):
+            raise RecipeError(f"unknown recipe {name!r}; {did_you_mean(name, shipped)}")
+        if not path.is_file():
+            raise RecipeError(f"no recipe file {name}")
+        return cls.parse(path.read_text(encoding="utf-8"), str(name))
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> Recipe:
+        """A recipe from YAML text; `origin` names it in errors."""
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe {origin} is not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise RecipeError(f"recipe {origin} holds {type(content).__name__}, not a mapping with name and rules")
+        try:
+            recipe = cls(**content)
+        except ValidationError as error:
+            raise RecipeError(f"recipe {origin}: {_first_problem(error)}") from error
+        for rule in recipe.rules:
+            _check_rounding(rule)
+        return recipe
+
+    def rule_for(self, layer: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.matches(layer)), None)
+
+    def to_yaml(self) -> str:
+        """The recipe as it is in force, the user's changes included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def source_text(self) -> str:
+        """The shipped file's own text, or the recipe written out where it comes from elsewhere."""
+        path = packaged("recipes") / f"{self.name}.yaml"
+        return path.read_text(encoding="utf-8") if path.is_file() else self.to_yaml()
+
+    def changed(self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None) -> Recipe:
+        """This recipe with the command line's wishes in front.
+
+        Args:
+            overrides: "REGEX=scheme" each; the rounding stays that of the first rule that uses one.
+            ignore: patterns of layers that keep their own type.
+            group_size: for every quantized rule; strict, as is a group named in an override.
+        """
+        rules = list(self.rules)
+        if group_size is not None:
+            rules = [_regrouped(rule, group_size) for rule in rules]
+        front = [Rule(pattern=checked_pattern(pattern), scheme="none") for pattern in ignore]
+        usual = next((rule.rounding for rule in self.rules if rule.scheme != "none"), "mse")
+        for override in overrides:
+            pattern, separator, scheme = override.rpartition("=")
+            if not separator or not pattern:
+                raise RecipeError(f"override {override!r} is not of the form 'REGEX=scheme'; an example is 'down_proj=w8a16'")
+            parse_scheme(scheme)
+            strict = bool(re.search(r"-g\d+$", scheme))
+            front.append(Rule(pattern=checked_pattern(pattern), scheme=scheme, rounding=usual, strict=strict))
+        return self.model_copy(update={"rules": tuple(front + rules)})
+
+
+def list_recipes() -> list[Recipe]:
+    """Every shipped recipe, by name."""
+    return [Recipe.load(path.stem) for path in sorted(packaged("recipes").glob("*.yaml"))]
+
+
+def checked_pattern(pattern: str) -> str:
+    """The pattern, if it is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+def _regrouped(rule: Rule, group_size: int) -> Rule:
+    scheme: Scheme = parse_scheme(rule.scheme)
+    if scheme.weight is None or scheme.activation is not None:
+        return rule
+    return rule.model_copy(update={"scheme": scheme.with_group(group_size).name, "strict": group_size != CHANNEL})
+
+
+def _check_rounding(rule: Rule) -> None:
+    from quantkit.methods.registry import get_rounding
+
+    if rule.scheme != "none":
+        get_rounding(rule.rounding_name, rule.rounding_settings)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = Rule.model_fields if "rules" in problem["loc"] else Recipe.model_fields
+        return f"unknown key {where!r}; {did_you_mean(str(problem['loc'][-1]), known)}"
+    return f"{where}: {problem['msg']}"

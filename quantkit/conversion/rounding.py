@@ -1,0 +1,78 @@
+"""One group of linears to quantized tensors: check, stack what shares an input, round, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quantkit.conversion.plan import LayerPlan, Plan
+from quantkit.conversion.report import LayerResult
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.errors import SourceError
+from quantkit.methods.base import Rounding, Statistics
+from quantkit.methods.registry import get_rounding
+from quantkit.models.streaming import Weights
+
+MIN_TOKENS = 32
+"""Fewer tokens than this say nothing of a layer's input (experts that calibration hardly reached)."""
+
+
+def round_together(
+    names: list[str], plan: Plan, weights: Weights, statistics: Statistics | None, model_dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
+    """Quantize linears that read one input; those with one scheme and rounding are rounded as one tall matrix."""
+    if statistics is not None and statistics.num_tokens < MIN_TOKENS:
+        statistics = None
+    kinds: dict[tuple[str, Rounding], list[str]] = {}
+    for name in names:
+        kinds.setdefault((plan.layers[name].scheme.name, plan.layers[name].rounding), []).append(name)
+    for alike in kinds.values():
+        yield from _round_alike([plan.layers[name] for name in alike], plan, weights, statistics, model_dtype, device)
+
+
+def _round_alike(
+    layers: list[LayerPlan], plan: Plan, weights: Weights, statistics: Statistics | None, model_dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
+    first = layers[0]
+    spec = first.scheme.weight
+    assert spec is not None
+    rounding, note = first.rounding, None
+    if rounding.needs_calibration and statistics is None:
+        rounding, note = get_rounding("mse"), "too few calibration tokens reached it, so its scales were searched on the weight alone"
+    parts = [finite_weight(layer, weights).to(device) for layer in layers]
+    stacked = torch.cat(parts)
+    rounded = rounding(stacked, spec, plan.format.scale_dtype(model_dtype), statistics)
+    start = 0
+    for layer, weight in zip(layers, parts, strict=True):
+        q = rounded.rows(start, start + weight.shape[0])
+        start += weight.shape[0]
+        result = LayerResult(
+            layer.linear.name, layer.scheme.name, type(rounding).__name__, relative_error(weight, q.dequantize(), statistics),
+            None if statistics is None else statistics.num_tokens, "; ".join(n for n in (layer.note, note) if n) or None,
+        )  # fmt: skip
+        yield layer.linear.name, q, result
+
+
+def finite_weight(layer: LayerPlan, weights: Weights) -> Tensor:
+    """The layer's weight as float32 [N, K].
+
+    Raises:
+        SourceError: it holds NaN or infinity.
+    """
+    name = f"{layer.linear.name}.weight"
+    weight = weights.get(name).float()
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise SourceError(f"{name} holds {bad} values that are NaN or infinite; the source model is damaged")
+    return weight.T.contiguous() if layer.linear.is_transposed else weight
+
+
+def relative_error(weight: Tensor, rounded: Tensor, statistics: Statistics | None) -> float:
+    """||(W - Q) X||^2 / ||W X||^2 by the Hessian, or ||W - Q||^2 / ||W||^2 without one."""
+    difference = weight - rounded
+    if statistics is None:
+        return float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
+    lost = ((difference @ statistics.hessian) * difference).sum()
+    return float(lost / ((weight @ statistics.hessian) * weight).sum().clamp(min=1e-30))

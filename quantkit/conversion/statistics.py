@@ -1,0 +1,75 @@
+"""What calibration records at the linears of one block: the Hessian of each distinct input, once however many linears read it.
+
+Which linears share an input is observed: modules that are handed the very same tensor in a forward pass share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.methods.base import Statistics
+
+
+class HessianCollector:
+    """Sums x x^T over the tokens that reach each linear.
+
+    Args:
+        modules: the linears by checkpoint name, in the order of the block.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._owner: dict[str, str] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._seen: list[tuple[Tensor, str]] = []
+        self._valid: Tensor | None = None
+
+    @contextmanager
+    def watching(self, valid: Tensor) -> Iterator[None]:
+        """Record during one forward pass. `valid` is bool [B, T]: padding is not counted where tokens keep their places."""
+        self._valid = None if bool(valid.all()) else valid.flatten()
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen.clear()
+
+    def _hook(self, name: str):  # noqa: ANN202
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            owner = next((o for tensor, o in self._seen if tensor is x), None)
+            if owner is None:
+                self._seen.append((x, name))
+                self._add(name, x)
+            self._owner[name] = owner or name
+
+        return hook
+
+    def _add(self, name: str, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if self._valid is not None and rows.shape[0] == self._valid.shape[0]:
+            rows = rows[self._valid.to(rows.device)]
+        rows = rows.float()
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self._counts[name] = 0
+        self._sums[name].addmm_(rows.T, rows)
+        self._counts[name] += rows.shape[0]
+
+    def shared(self) -> list[tuple[list[str], Statistics | None]]:
+        """Groups of linears with one input and what was seen of it; None for linears that no token reached."""
+        groups: dict[str, list[str]] = {}
+        for name in self._modules:
+            groups.setdefault(self._owner.get(name, name), []).append(name)
+        return [(names, self._statistics(owner)) for owner, names in groups.items()]
+
+    def _statistics(self, owner: str) -> Statistics | None:
+        count = self._counts.get(owner, 0)
+        return Statistics(self._sums[owner] / count, count) if count else None

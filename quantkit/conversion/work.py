@@ -1,0 +1,233 @@
+"""The tensors of a plan, made block by block and made durable one block at a time: with calibration, or tensor by tensor without.
+
+Every unit is synced and then recorded in the ledger, so a killed run goes on where it was. What a calibrated run must know of finished blocks,
+their output on the calibration rows, it gets by running them again from what was written; so the resumed output is the same to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.ledger import Ledger
+from quantkit.checkpoint.writer import CheckpointWriter
+from quantkit.conversion.calibration import CalibrationSet
+from quantkit.conversion.hidden_states import HiddenStates
+from quantkit.conversion.plan import Plan
+from quantkit.conversion.report import LayerResult
+from quantkit.conversion.rounding import round_together
+from quantkit.conversion.statistics import HessianCollector
+from quantkit.core.divergence import Divergence, DivergenceResult
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.errors import SourceError
+from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.models.activations import fake_quantize_inputs
+from quantkit.models.architecture import Block
+from quantkit.models.compare import TokenRows
+from quantkit.models.streaming import BlockRunner, decoder_linears
+
+_LOGITS_AT_ONCE = 1 << 25
+_CARRIED_AT_ONCE = 256 << 20
+"""Bytes of copied tensors between two entries of the ledger."""
+
+
+class Listener(Protocol):
+    """Told how the work goes."""
+
+    def started(self, num_blocks: int) -> None: ...
+
+    def layer(self, result: LayerResult) -> None: ...
+
+    def block(self, index: int, results: list[LayerResult], *, resumed: bool) -> None: ...
+
+    def stage(self, text: str) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Workplace:
+    """What every unit of work needs."""
+
+    source: OpenedCheckpoint
+    plan: Plan
+    writer: CheckpointWriter
+    ledger: Ledger
+    listener: Listener
+    model_dtype: torch.dtype
+    device: torch.device
+
+    def finished(self, unit: str) -> list[LayerResult] | None:
+        """The results of a unit that an earlier run finished, else None."""
+        return [LayerResult(**entry) for entry in self.ledger.entry(unit)["layers"]] if self.ledger.is_done(unit) else None
+
+    def finish(self, unit: str, results: list[LayerResult], names: list[str]) -> None:
+        self.writer.sync()
+        self.ledger.record(unit, {"layers": [asdict(r) for r in results], "tensors": names})
+
+    def write(self, name: str, q: QuantizedTensor) -> list[str]:
+        """Encode and write one layer; the names of its tensors."""
+        parts = self.plan.format.encode(q.to("cpu"), self.plan.layers[name].scheme)
+        for part, tensor in parts.items():
+            self.writer.add(f"{name}.{part}", tensor)
+        return [f"{name}.{part}" for part in parts]
+
+    def read(self, name: str) -> QuantizedTensor:
+        """A layer as an earlier run wrote it."""
+        scheme = self.plan.layers[name].scheme
+        planned = {t.name for t in self.plan.tensors if t.name.startswith(f"{name}.")}
+        parts = {n.rpartition(".")[2]: self.writer.read(n) for n in planned if n.rpartition(".")[0] == name}
+        return self.plan.format.decode({p: parts[p] for p in self.plan.format.part_names(scheme) if p in parts}, scheme)
+
+    def layers_of(self, block: Block) -> list[str]:
+        return [linear.name for linear in block.linears if linear.name in self.plan.layers]
+
+
+def carry(place: Workplace) -> None:
+    """Copy every tensor that is not quantized."""
+    for number, names in enumerate(_portions(place)):
+        unit = f"carried.{number}"
+        if place.ledger.is_done(unit):
+            continue
+        for name in names:
+            tensor = place.source.get(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                raise SourceError(f"{name} holds NaN or infinite values; the source model is damaged")
+            planned = next(t for t in place.plan.tensors if t.name == name)
+            place.writer.add(name, tensor.to(planned.dtype))
+        place.finish(unit, [], names)
+
+
+def _portions(place: Workplace) -> Iterator[list[str]]:
+    carried, sizes = set(place.plan.carried), {t.name: t.nbytes for t in place.plan.tensors}
+    portion: list[str] = []
+    total = 0
+    for name in (t.name for t in place.plan.tensors if t.name in carried):
+        portion.append(name)
+        total += sizes[name]
+        if total >= _CARRIED_AT_ONCE:
+            yield portion
+            portion, total = [], 0
+    if portion:
+        yield portion
+
+
+def round_without_data(place: Workplace, blocks: list[Block]) -> list[LayerResult]:
+    """Tensor in, tensor out; nothing is built and nothing is run."""
+    every: list[LayerResult] = []
+    for index, block in enumerate(blocks):
+        done = place.finished(block.path)
+        if done is None:
+            results, names = [], []
+            for layer in place.layers_of(block):
+                for name, q, result in round_together([layer], place.plan, place.source, None, place.model_dtype, place.device):
+                    names += place.write(name, q)
+                    results.append(result)
+                    place.listener.layer(result)
+            place.finish(block.path, results, names)
+        place.listener.block(index, done or results, resumed=done is not None)
+        every += done or results
+    return every
+
+
+class CalibratedWork:
+    """Two streams of hidden states through the blocks: the calibration rows (with the quantized model's own errors in them), and held-out rows
+    twice, through the original and through the quantized blocks, which the head at the end turns into perplexity and KL.
+
+    Args:
+        held_out: rows to measure on, None to measure nothing.
+        folder: where states may be spilled.
+    """
+
+    def __init__(self, place: Workplace, runner: BlockRunner, rows: CalibrationSet, held_out: CalibrationSet | None, folder: Path) -> None:
+        self.place, self.runner, self.held_out = place, runner, held_out
+        width = runner.architecture.config.get_text_config().hidden_size
+        self.calibration = HiddenStates(rows, width, runner.dtype, folder, "calibration")
+        self.measured = [HiddenStates(held_out, width, runner.dtype, folder, name) for name in ("original", "quantized")] if held_out else []
+        self.schemes = {name: layer.scheme for name, layer in place.plan.layers.items()}
+
+    def run(self) -> tuple[list[LayerResult], DivergenceResult | None]:
+        self._embed()
+        every: list[LayerResult] = []
+        for index, block in enumerate(self.runner.architecture.blocks):
+            done = self.place.finished(block.path)
+            self.runner.load(block.path, self.place.source)
+            if self.measured:
+                self.measured[0].advance(self.runner, index)
+            results = done if done is not None else self._quantize(index, block)
+            self._use_quantized(block, done is not None)
+            self._advance(index, block)
+            self.runner.unload(block.path)
+            self.place.listener.block(index, results, resumed=done is not None)
+            every += results
+        self.place.listener.stage("measuring")
+        return every, self._measure()
+
+    def close(self) -> None:
+        for states in (self.calibration, *self.measured):
+            states.close()
+
+    def _embed(self) -> None:
+        self.place.listener.stage("embedding")
+        self.runner.load_outside(self.place.source)
+        for states in (self.calibration, *self.measured):
+            states.embed(self.runner)
+        rows = self.calibration.rows
+        self.runner.settle(self.calibration.states[:1].to(self.runner.device), rows.position_ids[:1].to(self.runner.device))
+        self.runner.unload_outside()
+
+    def _quantize(self, index: int, block: Block) -> list[LayerResult]:
+        wanted = set(self.place.layers_of(block))
+        modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
+        collector = HessianCollector(modules)
+        for batch in self.calibration.batches():
+            with collector.watching(self.calibration.rows.valid[batch]):
+                self.calibration.through(self.runner, index, batch)
+        results, names = [], []
+        for group, statistics in collector.shared():
+            place = self.place
+            for name, q, result in round_together(group, place.plan, place.source, statistics, place.model_dtype, place.device):
+                names += place.write(name, q)
+                results.append(result)
+                place.listener.layer(result)
+        self.place.finish(block.path, results, names)
+        return results
+
+    def _use_quantized(self, block: Block, resumed: bool) -> None:
+        """Put what was written, decoded, into the block; the same after a resume as in an undisturbed run."""
+        if resumed:
+            self.place.listener.stage("replaying finished blocks")
+        for name, module in decoder_linears(block, self.runner.architecture.model).items():
+            if name in self.place.plan.layers:
+                weight = self.place.read(name).dequantize(self.runner.dtype)
+                weight = weight.T.contiguous() if self.place.plan.layers[name].linear.is_transposed else weight
+                module.weight.data = weight.to(self.runner.device)
+
+    def _advance(self, index: int, block: Block) -> None:
+        modules = decoder_linears(block, self.runner.architecture.model)
+        with fake_quantize_inputs(modules, self.schemes):
+            for states in (self.calibration, *self.measured[1:]):
+                states.advance(self.runner, index)
+
+    def _measure(self) -> DivergenceResult | None:
+        if self.held_out is None:
+            return None
+        self.runner.load_outside(self.place.source)
+        rows = TokenRows.of_texts(self.held_out.input_ids, self.held_out.position_ids, self.held_out.valid)
+        divergence = Divergence()
+        vocabulary = int(self.runner.architecture.config.get_text_config().vocab_size)
+        length = rows.input_ids.shape[1]
+        step = max(1, min(length, _LOGITS_AT_ONCE // vocabulary))
+        for row in range(len(rows.input_ids)):
+            for start in range(0, length, step):
+                at = (slice(row, row + 1), slice(start, start + step))
+                baseline, quantized = (self._logits(states.states[at], rows.position_ids[at]) for states in self.measured)
+                divergence.add(baseline, quantized, rows.targets[at].to(baseline.device), rows.counted[at].to(baseline.device))
+        self.runner.unload_outside()
+        return divergence.result()
+
+    def _logits(self, states: Tensor, position_ids: Tensor) -> Tensor:
+        return self.runner.logits(states, position_ids)
