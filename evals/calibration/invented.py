@@ -231,7 +231,7 @@ def tool_calls(count: int) -> Iterator[tuple[list[Message], list[dict[str, Any]]
             result = {"amount": round(amount * rate, 2), "currency": target, "rate": rate}
             question = f"How much is {amount} {source} in {target}?"
             answer = f"At a rate of {rate:.2f}, {amount} {source} are {amount * rate:.2f} {target}."
-        call = {"id": f"call_{i:05d}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        call = {"id": f"call{i:05d}", "type": "function", "function": {"name": name, "arguments": arguments}}
         yield (
             [
                 {"role": "system", "content": "You are a helpful assistant. Call a tool when it gives you what you cannot know."},

@@ -41,10 +41,23 @@ def from_messages(messages: list[Any]) -> list[Message]:
         if content is None and "tool_calls" not in message:
             raise NotAConversation("a message has no content")
         message.pop("weight", None)
+        if isinstance(message.get("tool_calls"), list):
+            message["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
         result.append({"role": ROLES.get(role.lower(), role), "content": _plain(content), **message})
     if not result:
         raise NotAConversation("no messages")
     return result
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """OpenAI sends a call's arguments as a JSON string; chat templates expect the object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except json.JSONDecodeError:
+        return call
 
 
 def _plain(content: Any) -> str:

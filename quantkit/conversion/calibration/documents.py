@@ -41,13 +41,11 @@ class Documents:
     def read(self, records: Iterable[Record]) -> Iterator[Document]:
         """Raises CalibrationError when the columns hold nothing usable; a single empty or odd record is only dropped."""
         rows: list[Record] = []
-        checked: set[frozenset[str]] = set()
-        for record in records:
-            columns = frozenset(record)
-            if columns not in checked:
+        names_columns = self.options.text_column is not None or self.options.prompt_column is not None
+        for number, record in enumerate(records):
+            if number == 0:
                 self._check_columns(record)
-                checked.add(columns)
-            if self.options.text_column is None and self.options.prompt_column is None and columns >= THREAD_COLUMNS:
+            if not names_columns and record.keys() >= THREAD_COLUMNS:
                 rows.append(record)
                 continue
             try:
@@ -74,9 +72,10 @@ class Documents:
     def _document(self, record: Record) -> Document:
         options = self.options
         if options.text_column is not None:
-            return self._by_value(record[options.text_column], options.text_column, record)
+            return self._by_value(_value(record, options.text_column), options.text_column, record)
         if options.prompt_column is not None and options.response_column is not None:
-            return Document(messages=from_turns(record[options.prompt_column], record[options.response_column], system=record.get("system")))
+            prompt, response = _value(record, options.prompt_column), _value(record, options.response_column)
+            return Document(messages=from_turns(prompt, response, system=record.get("system")))
         filled = {name: value for name, value in record.items() if value not in (None, "", [])}
         for column in MESSAGE_COLUMNS:
             if isinstance(filled.get(column), list) and isinstance(filled[column][0], dict):
@@ -114,3 +113,10 @@ class Documents:
             f"{self.source}: column {column!r} holds {type(value).__name__}, which is neither text nor a list of messages; "
             f"columns: {', '.join(map(str, record))}"
         )
+
+
+def _value(record: Record, column: str) -> Any:
+    """A named column, which the first record has but a later one may lack."""
+    if column not in record:
+        raise NotAConversation(f"no column {column!r}")
+    return record[column]

@@ -39,7 +39,10 @@ def load_calibration(options: CalibrationOptions, tokenizer: Any, *, context: in
     budget = Budget(max(MIN_BUDGET, needed * BYTES_PER_TOKEN_READ))
     name, records = open_source(options.source, budget, options.seed)
     reader = Documents(options, name)
-    documents: list[Document] = list(reader.read(records))
+    try:
+        documents: list[Document] = list(reader.read(records))
+    except OSError as error:
+        raise CalibrationError(f"cannot read {name}: {error}") from error
     if not documents:
         reasons = ", ".join(f"{count} records: {reason}" for reason, count in reader.dropped.items()) or "no records"
         raise CalibrationError(f"{name} holds no calibration text ({reasons})")

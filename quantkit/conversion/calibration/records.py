@@ -42,7 +42,14 @@ def read_records(path: Path, budget: Budget, rng: random.Random) -> Iterator[Rec
     kind = file_kind(path)
     if kind is None:
         raise CalibrationError(f"{path}: unknown kind of calibration file; known: {', '.join(sorted(READERS))} (text kinds also with .gz)")
-    return READERS[kind](path, budget, rng)
+    return _or_bad_gzip(path, READERS[kind](path, budget, rng))
+
+
+def _or_bad_gzip(path: Path, records: Iterator[Record]) -> Iterator[Record]:
+    try:
+        yield from records
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CalibrationError(f"{path} is not a whole gzip file: {error}") from error
 
 
 def file_kind(path: Path) -> str | None:
@@ -54,13 +61,10 @@ def file_kind(path: Path) -> str | None:
 def _stretches(path: Path, budget: Budget) -> Iterator[tuple[int, BinaryIO, int]]:
     """(offset, file positioned there, bytes to read): the whole file when the budget allows, else evenly spread parts of it."""
     if path.suffix == ".gz":
-        try:
-            with gzip.open(path) as file:
-                yield 0, file, budget.bytes_left  # type: ignore[misc]
-                if file.read(1):
-                    budget.partly(path, "its beginning")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise CalibrationError(f"{path} is not a whole gzip file: {error}") from error
+        with gzip.open(path) as file:
+            yield 0, file, budget.bytes_left  # type: ignore[misc]
+            if file.read(1):
+                budget.partly(path, "its beginning")
         return
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -158,11 +162,8 @@ def _read_json(path: Path, budget: Budget, rng: random.Random) -> Iterator[Recor
     if path.stat().st_size > WHOLE_JSON_LIMIT:
         raise CalibrationError(f"{path} is one JSON document of {path.stat().st_size / 1e9:.1f} GB; give it as .jsonl, one object a line")
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            text = _decode(path, file.read(), 0)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CalibrationError(f"{path} is not a whole gzip file: {error}") from error
+    with opener(path, "rb") as file:
+        text = _decode(path, file.read(), 0)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -228,7 +229,7 @@ def _read_csv(path: Path, budget: Budget, rng: random.Random) -> Iterator[Record
         with opener(path, "rb") as file:
             _decode(path, file.read(budget.bytes_left + (1 << 20)), 0)
         raise CalibrationError(f"{path} is not UTF-8; save it as UTF-8") from error
-    except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except csv.Error as error:
         raise CalibrationError(f"{path} is not a readable CSV file: {error}") from error
 
 

@@ -78,11 +78,13 @@ def _folder(folder: Path, budget: Budget, rng: random.Random) -> Iterator[Record
 
 def _read_all(paths: list[Path], budget: Budget, rng: random.Random) -> Iterator[Record]:
     total = budget.bytes_left
+    notes: list[str] = []
     for index, path in enumerate(paths):
         share = Budget(max(total // (len(paths) - index), 1))
         yield from read_records(path, share, rng)
         total -= min(path.stat().st_size, share.bytes_left)
-        budget.notes += share.notes[:1] if len(budget.notes) < 3 else []
+        notes += share.notes
+    budget.notes += notes if len(notes) <= 3 else [*notes[:2], f"{len(notes) - 2} more files were read in part"]
 
 
 def _dataset(name: str, budget: Budget, seed: int) -> Iterator[Record]:
@@ -97,22 +99,29 @@ def _dataset(name: str, budget: Budget, seed: int) -> Iterator[Record]:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         first = next(iter(rows), None)
     except Exception as error:  # datasets raises what its many layers raise: connections, missing files, unknown splits
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CalibrationError(
-            f"cannot load the data set {name!r}: {reason}. Check the name, config and split and that the hub is reachable "
-            "(HF_HUB_OFFLINE unset); or give a local file, or no source for the built-in mix"
-        ) from error
+        raise _unreachable(name, error) from error
     if first is None:
         raise CalibrationError(f"the data set {name!r} has no rows")
-    records = _within(rows, budget, repository)
+    records = _within(rows, budget, name)
     return join_articles(records) if is_lines else records
 
 
 def _within(rows: Iterable[Record], budget: Budget, name: str) -> Iterator[Record]:
     num_bytes = 0
-    for row in rows:
-        yield row
-        num_bytes += len(str(row))
-        if num_bytes > budget.bytes_left:
-            budget.notes.append(f"the first {num_bytes / 1e6:.0f} MB of {name} were read")
-            return
+    try:
+        for row in rows:
+            yield row
+            num_bytes += len(str(row))
+            if num_bytes > budget.bytes_left:
+                budget.notes.append(f"the first {num_bytes / 1e6:.0f} MB of {name} were read")
+                return
+    except Exception as error:  # the connection breaks in the middle
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> CalibrationError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CalibrationError(
+        f"cannot load the data set {name!r}: {reason}. Check the name, config and split and that the hub is reachable "
+        "(HF_HUB_OFFLINE unset); or give a local file, or no source for the built-in mix"
+    )
