@@ -1,0 +1,203 @@
+"""What engines refuse, one small rule each: a rule looks at a stored model and answers why not, or None. Facts of autumn 2026, from their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantkit.core.scheme import CHANNEL, Scheme
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Linears that serving engines join into one, and so read with one scheme."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """One quantized linear, [N, K] = `shape`."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Stored:
+    """What rules look at.
+
+    Attributes:
+        container: "gptq", "compressed-tensors", "awq", "fp8", ...; None for an unquantized model.
+        config: its quantization_config.
+        layers: its quantized linears, where quantkit decodes the container; else empty.
+        plain: names of linears that are stored unquantized.
+        model_dtype, scale_dtype: of unquantized values and of scales; None where there are none.
+        packs_whole_words: 3, 5 or 6-bit codes in compressed-tensors' layout from before mid-2026.
+        unread: why quantkit does not decode it, or None.
+    """
+
+    container: str | None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[StoredLayer, ...] = ()
+    plain: tuple[str, ...] = ()
+    model_dtype: torch.dtype | None = None
+    scale_dtype: torch.dtype | None = None
+    packs_whole_words: bool = False
+    unread: str | None = None
+
+
+Rule = Callable[[Stored], str | None]
+
+
+def only_bits(*allowed: int) -> Rule:
+    """Every layer is of one of these widths."""
+
+    def rule(stored: Stored) -> str | None:
+        wrong = sorted({bits(layer) for layer in stored.layers} - set(allowed))
+        return f"reads {_listed(allowed)} bits, and here are layers of {_listed(wrong)}" if wrong else None
+
+    return rule
+
+
+def one_width(stored: Stored) -> str | None:
+    widths = sorted({bits(layer) for layer in stored.layers})
+    return f"reads one bit width a model, and here are {_listed(widths)}" if len(widths) > 1 else None
+
+
+def symmetric(stored: Stored) -> str | None:
+    asymmetric = [layer.name for layer in stored.layers if layer.scheme.weight and not layer.scheme.weight.symmetric]
+    return f"reads symmetric weights only; {_some(asymmetric)} asymmetric" if asymmetric else None
+
+
+def only_groups(*allowed: int) -> Rule:
+    """Every group size is one of these; CHANNEL for one scale a row."""
+
+    def rule(stored: Stored) -> str | None:
+        wrong = sorted({layer.scheme.weight.group for layer in stored.layers if layer.scheme.weight} - set(allowed), key=str)
+        return f"its kernels take group sizes {_listed(allowed)}, not {_listed(wrong)}" if wrong else None
+
+    return rule
+
+
+def grouped(stored: Stored) -> str | None:
+    channel = [layer.name for layer in stored.layers if layer.scheme.weight and layer.scheme.weight.group in (None, CHANNEL)]
+    return f"reads packed weights in groups only; {_some(channel)} one scale a row" if channel else None
+
+
+def multiples(columns: int, rows: int) -> Rule:
+    """Input and output features are multiples of these."""
+
+    def rule(stored: Stored) -> str | None:
+        wrong = [layer for layer in stored.layers if layer.shape[1] % columns or layer.shape[0] % rows]
+        if not wrong:
+            return None
+        n, k = wrong[0].shape
+        return f"wants input features in multiples of {columns} and output features of {rows}; {wrong[0].name} is {k} -> {n}"
+
+    return rule
+
+
+def no_act_order(stored: Stored) -> str | None:
+    has_groups = any(layer.scheme.weight and layer.scheme.weight.group not in (None, CHANNEL) for layer in stored.layers)
+    return "refuses desc_act (columns in activation order) with groups; use static order" if stored.config.get("desc_act") and has_groups else None
+
+
+def one_config_group(stored: Stored) -> str | None:
+    groups = stored.config.get("config_groups") or {}
+    return f"reads one config group, and here are {len(groups)}" if len(groups) > 1 else None
+
+
+def dense_packing(stored: Stored) -> str | None:
+    if not stored.packs_whole_words:
+        return None
+    return "3, 5 and 6-bit codes are packed as before mid-2026 (32 // bits a word); convert it again to repack them"
+
+
+def whole_words(stored: Stored) -> str | None:
+    """The converse, for readers that know the old packing only; 2, 4 and 8 bits are the same in both."""
+    odd = sorted({bits(layer) for layer in stored.layers} & {3, 5, 6})
+    return f"unpacks {_listed(odd)}-bit codes in an older layout" if odd and not stored.packs_whole_words else None
+
+
+def uniform_fusion(stored: Stored) -> str | None:
+    """Linears that will be one share one scheme: q, k, v; gate and up; all experts of a layer."""
+    schemes = {name: "none" for name in stored.plain} | {layer.name: layer.scheme.name for layer in stored.layers}
+    for names in _fused_names(schemes):
+        if len({schemes[name] for name in names}) > 1:
+            return "joins layers that have unlike schemes here: " + ", ".join(f"{name} is {schemes[name]}" for name in _unlike(names, schemes))
+    return None
+
+
+def damping_in_range(stored: Stored) -> str | None:
+    damping = stored.config.get("damp_percent", 0.1)
+    return None if isinstance(damping, int | float) and 0 < damping < 1 else f"wants damp_percent between 0 and 1 in the config; it is {damping}"
+
+
+def asymmetric_packed(stored: Stored) -> str | None:
+    if symmetric(stored) is None:
+        return None
+    return "fails on packed asymmetric weights by default (known bug); loads with quantization_config=CompressedTensorsConfig(dequantize=True)"
+
+
+def scales_are_cast(stored: Stored) -> str | None:
+    """A note: the values that run are not quite those stored."""
+    if stored.scale_dtype is None or stored.model_dtype is None or stored.scale_dtype == stored.model_dtype:
+        return None
+    if all(layer.scheme.activation for layer in stored.layers):
+        return None
+    loss = {torch.bfloat16: "changes them by up to 0.4%", torch.float16: "overflows beyond 65504"}.get(stored.model_dtype, "loses nothing")
+    return f"scales are stored as {_short(stored.scale_dtype)} and cast to the model's {_short(stored.model_dtype)} at load, which {loss}"
+
+
+def marlin_pads(stored: Stored) -> str | None:
+    """A note on speed."""
+    ragged = [layer.name for layer in stored.layers if layer.shape[0] % 64 or layer.shape[1] % 128]
+    return f"Marlin kernels work in tiles of 64 x 128; {_some(ragged)} of another shape and padded" if ragged else None
+
+
+def marlin_only(stored: Stored) -> str | None:
+    """A note on speed."""
+    specs = [(layer.name, layer.scheme.weight) for layer in stored.layers if layer.scheme.weight]
+    slow = [name for name, spec in specs if spec.bits not in (4, 8) or not spec.symmetric]
+    return f"fast (Marlin) kernels are for 4 and 8-bit symmetric weights; {_some(slow)} not" if slow else None
+
+
+def unread_here(stored: Stored) -> str | None:
+    return stored.unread
+
+
+def bits(layer: StoredLayer) -> int:
+    assert layer.scheme.weight is not None
+    return layer.scheme.weight.bits
+
+
+def _fused_names(schemes: Collection[str]) -> Iterable[list[str]]:
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in schemes:
+        parent, _, leaf = name.rpartition(".")
+        if ".experts." in name:
+            groups.setdefault((name.partition(".experts.")[0] + ".experts", -1), []).append(name)
+            continue
+        for i, fused in enumerate(FUSED):
+            if leaf in fused:
+                groups.setdefault((parent, i), []).append(name)
+    return groups.values()
+
+
+def _unlike(names: list[str], schemes: Mapping[str, str]) -> list[str]:
+    """One name for each scheme."""
+    return list({schemes[name]: name for name in reversed(names)}.values())[::-1]
+
+
+def _listed(values: Iterable[Any]) -> str:
+    words = ["per channel" if v == CHANNEL else str(v) for v in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]} has" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more have"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,186 @@
+"""Which engines load a stored model, and why not: a table of engines, containers and rules, as of autumn 2026.
+
+A rule that answers is a reason against; the first one is told. Adding an engine is one row. Facts come from reading the engines' sources; where
+there are none, the verdict is None and not a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantkit.core.scheme import CHANNEL
+from quantkit.formats import engine_rules as r
+from quantkit.formats.engine_rules import Rule, Stored
+
+CONTAINERS = {
+    "gptq": "GPTQ (packed integers with scales and zero points a group)",
+    "compressed-tensors": "compressed-tensors (the container of llm-compressor and vLLM)",
+    "awq": "AWQ (4-bit integers, activation-aware scales folded in)",
+    "fp8": "FP8 (8-bit floats with a scale a tensor or a block, as DeepSeek's)",
+    "bitsandbytes": "bitsandbytes (NF4, FP4 or LLM.int8)",
+    "gguf": "GGUF (llama.cpp's file)",
+    "modelopt": "NVIDIA ModelOpt (FP8 or NVFP4)",
+    "mxfp4": "MXFP4 (4-bit floats with a power of two a block, as gpt-oss)",
+    "auto-round": "AutoRound (Intel)",
+    "torchao": "torchao (PyTorch tensor subclasses)",
+    "hqq": "HQQ (half-quadratic quantization)",
+    "quanto": "optimum-quanto",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "quark": "AMD Quark",
+    "aqlm": "AQLM (additive codebooks)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether an engine of this version loads the model; None where it is not known. `reason` says why not, or what makes it so."""
+
+    engine: str
+    version: str
+    loads: bool | None
+    reason: str
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"notes": list(self.notes)}
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A row of the table.
+
+    Attributes:
+        rules: what it refuses, by layout (see `layout_of`); a layout that is absent is not known. A string refuses always.
+        notes: what is worth knowing where it loads.
+        how: what must be done or installed to load, by layout; "" for everything.
+    """
+
+    name: str
+    version: str
+    rules: Mapping[str, tuple[Rule, ...] | str]
+    notes: tuple[Rule, ...] = ()
+    how: Mapping[str, str] | None = None
+
+
+_PLUGIN = "its core no longer reads it; a plugin does"
+_ONLY_DEQUANTIZES = "reads GPTQ and AWQ; this it can only dequantize, to quantize anew"
+_DECODED = "decoded, to be quantized anew"
+
+ENGINES = (
+    Engine(
+        "vLLM",
+        "0.33",
+        {
+            "plain": (),
+            "gptq": (r.only_bits(4, 8), r.symmetric, r.no_act_order, r.only_groups(CHANNEL, 32, 64, 128), r.uniform_fusion),
+            "ct-packed": (r.dense_packing, r.uniform_fusion),
+            "ct-int8": (r.uniform_fusion,),
+            **dict.fromkeys(("ct-fp8", "ct-fp4", "awq", "fp8", "modelopt", "mxfp4"), ()),
+            **dict.fromkeys(("bitsandbytes", "gguf"), _PLUGIN),
+        },
+        notes=(r.scales_are_cast, r.marlin_pads),
+    ),
+    Engine(
+        "SGLang",
+        "0.5.23",
+        {
+            "plain": (),
+            "gptq": (r.only_bits(2, 3, 4, 8), r.uniform_fusion),
+            "ct-packed": (r.only_bits(4, 8), r.dense_packing, r.uniform_fusion),
+            "ct-int8": (r.uniform_fusion,),
+            **dict.fromkeys(("ct-fp8", "ct-fp4", "awq", "fp8", "bitsandbytes", "gguf", "modelopt"), ()),
+        },
+        notes=(r.scales_are_cast, r.marlin_only),
+    ),
+    Engine(
+        "transformers",
+        "5.23",
+        {
+            "plain": (),
+            "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.damping_in_range),
+            "ct-packed": (r.dense_packing, r.asymmetric_packed),
+            **dict.fromkeys(("ct-int8", "ct-fp8", "ct-fp4", "awq", "fp8", "bitsandbytes", "gguf"), ()),
+            "modelopt": "does not know this quant_method",
+        },
+        how={
+            "gptq": "needs gptqmodel >= 1.4.3 and optimum >= 1.24",
+            "awq": "needs gptqmodel",
+            "bitsandbytes": "needs bitsandbytes",
+            "gguf": "with gguf_file=",
+            "ct-packed": "needs compressed-tensors; weights are decoded on every forward",
+            **dict.fromkeys(("ct-int8", "ct-fp8", "ct-fp4"), "needs compressed-tensors; slow"),
+        },
+    ),
+    Engine(
+        "TGI",
+        "3 (in maintenance)",
+        {
+            "plain": (),
+            "gptq": (r.only_bits(2, 3, 4, 8),),
+            "ct-packed": (r.only_bits(4, 8),),
+            **dict.fromkeys(("ct-fp8", "awq", "fp8", "bitsandbytes"), ()),
+            **dict.fromkeys(("ct-int8", "ct-fp4"), "of compressed-tensors it reads packed integers and FP8"),
+            "gguf": "only its llama.cpp backend reads it",
+        },
+    ),
+    Engine(
+        "llama.cpp",
+        "2026-09, by convert_hf_to_gguf.py",
+        {
+            "plain": (),
+            "gptq": (r.only_bits(2, 4, 8), r.one_width),
+            "ct-packed": (r.one_config_group, r.grouped, r.whole_words),
+            **dict.fromkeys(("ct-int8", "ct-fp8"), (r.one_config_group,)),
+            **dict.fromkeys(("ct-fp4", "fp8", "modelopt", "gguf"), ()),
+            "awq": "its converter reads no AWQ",
+            "bitsandbytes": "its converter reads no bitsandbytes",
+        },
+        how=dict.fromkeys(("gptq", "ct-packed", "ct-int8", "ct-fp8", "fp8"), _DECODED) | {"ct-fp4": "NVFP4 is repacked"},
+    ),
+    Engine(
+        "GPTQModel",
+        "7.6",
+        {
+            **dict.fromkeys(("plain", "awq"), ()),
+            "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.only_groups(CHANNEL, 16, 32, 64, 128, 256, 512, 1024)),
+            **dict.fromkeys(("ct-packed", "ct-int8", "ct-fp8", "ct-fp4", "fp8"), _ONLY_DEQUANTIZES),
+            **dict.fromkeys(("gguf", "bitsandbytes"), "reads GPTQ and AWQ only"),
+        },
+        how={"plain": "to quantize it"},
+    ),
+    Engine("quantkit", "0.1.0", {"": (r.unread_here,)}),
+)
+
+
+def verdicts(stored: Stored) -> list[Verdict]:
+    """One verdict for every engine of the table."""
+    return [_verdict(engine, stored) for engine in ENGINES]
+
+
+def layout_of(stored: Stored) -> str:
+    """The row's key for a model: its container, and for compressed-tensors what is in it."""
+    if stored.container is None:
+        return "plain"
+    if stored.container != "compressed-tensors":
+        return stored.container
+    if stored.layers:
+        return "ct-int8" if any(layer.scheme.activation for layer in stored.layers) else "ct-packed"
+    groups = (stored.config.get("config_groups") or {}).values()
+    formats = {str(group.get("format")) for group in groups if isinstance(group, dict)} | {str(stored.config.get("format"))}
+    if any("fp4" in f or "fp6" in f for f in formats):
+        return "ct-fp4"
+    return "ct-fp8" if any("float" in f or "fp8" in f for f in formats) else "ct-other"
+
+
+def _verdict(engine: Engine, stored: Stored) -> Verdict:
+    layout = layout_of(stored)
+    rules = engine.rules.get(layout, engine.rules.get(""))
+    if rules is None:
+        return Verdict(engine.name, engine.version, None, f"not known for {stored.container}")
+    refusal = rules if isinstance(rules, str) else next((reason for rule in rules if (reason := rule(stored))), None)
+    if refusal:
+        return Verdict(engine.name, engine.version, False, refusal)
+    how = (engine.how or {}).get(layout, "")
+    return Verdict(engine.name, engine.version, True, how or "loads it", tuple(note for rule in engine.notes if (note := rule(stored))))

@@ -1,0 +1,100 @@
+"""The verdicts that users stumble over, each stated once, from the engines' documented behaviour."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from quantkit.core.scheme import parse_scheme
+from quantkit.formats.engine_rules import Stored, StoredLayer
+from quantkit.formats.engines import CONTAINERS, ENGINES, Verdict, verdicts
+
+SHAPE = (256, 512)
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def stored(container: str | None, *schemes: str, shape: tuple[int, int] = SHAPE, **settings: object) -> Stored:
+    """One attention block: the first scheme for all, or one each."""
+    chosen = schemes * len(NAMES) if len(schemes) == 1 else schemes
+    layers = tuple(StoredLayer(f"model.layers.0.self_attn.{n}", shape, parse_scheme(s)) for n, s in zip(NAMES, chosen, strict=False))
+    return Stored(container, **{"layers": layers if schemes else (), "model_dtype": torch.bfloat16, "scale_dtype": torch.bfloat16} | settings)
+
+
+def verdict(engine: str, model: Stored) -> Verdict:
+    return next(v for v in verdicts(model) if v.engine == engine)
+
+
+LOADS = [
+    ("vLLM", stored("gptq", "w4a16"), True, ""),
+    ("vLLM", stored("gptq", "w8a16-channel"), True, ""),
+    ("vLLM", stored("gptq", "w3a16"), False, "4 and 8 bits"),
+    ("vLLM", stored("gptq", "w4a16-asym"), False, "symmetric weights only"),
+    ("vLLM", stored("gptq", "w4a16-g16"), False, "group sizes"),
+    ("vLLM", stored("gptq", "w4a16", config={"desc_act": True}), False, "desc_act"),
+    ("vLLM", stored("gptq", "w4a16-channel", config={"desc_act": True}), True, ""),
+    ("vLLM", stored("compressed-tensors", "w3a16-asym-g64"), True, ""),
+    ("vLLM", stored("compressed-tensors", "w4a16", "w4a16", "w8a16", "w4a16"), False, "q_proj is w4a16.*v_proj is w8a16"),
+    ("vLLM", stored("compressed-tensors", "w4a16", "w4a16", "w4a16", "w8a16"), True, ""),
+    ("vLLM", stored("compressed-tensors", "w4a16", "w4a16", plain=("model.layers.0.self_attn.v_proj",)), False, "v_proj is none"),
+    ("vLLM", stored("bitsandbytes", unread="not read"), False, "plugin"),
+    ("SGLang", stored("compressed-tensors", "w4a16-asym"), True, ""),
+    ("SGLang", stored("compressed-tensors", "w3a16"), False, "4 and 8 bits"),
+    ("SGLang", stored("gptq", "w3a16-asym"), True, ""),
+    ("transformers", stored("compressed-tensors", "w4a16"), True, "needs compressed-tensors"),
+    ("transformers", stored("compressed-tensors", "w4a16-asym"), False, r"dequantize=True"),
+    ("transformers", stored("compressed-tensors", "w3a16", packs_whole_words=True), False, "packed as before"),
+    ("transformers", stored("gptq", "w4a16"), True, "gptqmodel"),
+    ("transformers", stored("gptq", "w4a16-channel", shape=(64, 172)), False, "172 -> 64"),
+    ("transformers", stored("gptq", "w4a16", config={"damp_percent": 0}), False, "damp_percent"),
+    ("TGI", stored("compressed-tensors", "w8a8-int8"), False, "packed integers and FP8"),
+    ("llama.cpp", stored("gptq", "w3a16"), False, "2, 4 and 8 bits"),
+    ("llama.cpp", stored("gptq", "w4a16", "w4a16", "w4a16", "w8a16"), False, "one bit width"),
+    ("llama.cpp", stored("compressed-tensors", "w4a16-channel"), False, "in groups only"),
+    ("llama.cpp", stored("compressed-tensors", "w4a16", config={"config_groups": {"a": {}, "b": {}}}), False, "one config group"),
+    ("llama.cpp", stored("compressed-tensors", "w3a16"), False, "older layout"),
+    ("llama.cpp", stored("awq", unread="not read"), False, "AWQ"),
+    ("GPTQModel", stored("gptq", "w4a16-asym"), True, ""),
+    ("GPTQModel", stored("compressed-tensors", "w4a16"), False, "dequantize"),
+    ("quantkit", stored("gptq", "w3a16-asym"), True, ""),
+    ("quantkit", stored("awq", unread="AWQ is not read yet"), False, "AWQ is not read yet"),
+    ("TGI", stored("compressed-tensors", config={"format": "nvfp4-pack-quantized"}, unread="not read"), False, "FP8"),
+    ("TGI", stored("compressed-tensors", config={"format": "float-quantized"}, unread="not read"), True, ""),
+    ("SGLang", stored("hqq", unread="not read"), None, "not known"),
+]
+
+
+@pytest.mark.parametrize(("engine", "model", "loads", "reason"), LOADS, ids=lambda value: value if isinstance(value, str) else "")
+def test_verdict(engine: str, model: Stored, loads: bool | None, reason: str) -> None:
+    found = verdict(engine, model)
+
+    assert found.loads is loads, found
+    assert re.search(reason, found.reason), found.reason
+
+
+def test_an_unquantized_model_loads_everywhere() -> None:
+    assert all(v.loads for v in verdicts(Stored(None)))
+
+
+def test_experts_of_a_layer_share_one_scheme_where_they_are_fused() -> None:
+    layers = [StoredLayer(f"model.layers.0.mlp.experts.{i}.{n}", SHAPE, parse_scheme("w4a16")) for i in range(2) for n in ("gate_proj", "down_proj")]
+    odd = StoredLayer("model.layers.0.mlp.experts.2.down_proj", SHAPE, parse_scheme("w8a16"))
+
+    assert verdict("vLLM", stored("compressed-tensors", layers=tuple(layers))).loads
+    assert "experts.2.down_proj is w8a16" in verdict("vLLM", stored("compressed-tensors", layers=(*layers, odd))).reason
+
+
+def test_scales_that_loaders_cast_are_noted() -> None:
+    cast = stored("gptq", "w4a16", scale_dtype=torch.float16)
+
+    assert any("float16 and cast to the model's bfloat16" in note for note in verdict("vLLM", cast).notes)
+    assert any("cast" in note for note in verdict("SGLang", cast).notes)
+    assert not verdict("vLLM", stored("gptq", "w4a16")).notes
+
+
+def test_every_container_has_a_description_and_every_verdict_a_reason() -> None:
+    for container in CONTAINERS:
+        found = verdicts(stored(container, unread="not read"))
+        assert [v.engine for v in found] == [engine.name for engine in ENGINES]
+        assert all(v.reason for v in found)
