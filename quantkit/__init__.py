@@ -1,2 +1,54 @@
-"""Quantize language models, prove what it cost, serve the result."""
+"""Make a Hugging Face language model small, and prove what that cost.
+
+`convert` writes a quantized checkpoint, `inspect` says what a checkpoint is. Importing this loads no torch; calling does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantkit.conversion.report import ConversionReport
+    from quantkit.formats.summary import Summary
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "convert", "inspect"]
+
+
+def convert(source: str, out: str, **options: Any) -> ConversionReport:
+    """Quantize a model and write it to a new folder.
+
+    Args:
+        source: folder, hub id, `modelscope:org/name`, or "reference".
+        out: the folder to write.
+        options: recipe, format, calib (a path or data set), num_samples, seq_len, group_size, overrides, ignore, and the other fields of
+            quantkit.conversion.convert.ConvertOptions and quantkit.conversion.calibration.CalibrationOptions.
+
+    Raises:
+        quantkit.errors.QuantkitError: with nothing lost; the same call goes on with an unfinished run.
+    """
+    from dataclasses import fields
+
+    from quantkit.conversion.calibration import CalibrationOptions
+    from quantkit.conversion.convert import ConvertOptions
+    from quantkit.conversion.convert import convert as run
+    from quantkit.errors import UsageError, did_you_mean
+
+    if "calib" in options:
+        options["source"] = options.pop("calib")
+    data = {f.name for f in fields(CalibrationOptions)}
+    own = {f.name for f in fields(ConvertOptions)} - {"calibration"}
+    for name in options:
+        if name not in data | own:
+            raise UsageError(f"convert has no option {name!r}; {did_you_mean(name, data - {'source'} | own | {'calib'})}")
+    calibration = CalibrationOptions(**{k: v for k, v in options.items() if k in data})
+    return run(source, out, ConvertOptions(calibration=calibration, **{k: v for k, v in options.items() if k in own}))
+
+
+def inspect(path: str) -> Summary:
+    """What a checkpoint is: layers, schemes, bits per weight, bytes, and which engines load it."""
+    from pathlib import Path
+
+    from quantkit.formats.summary import summarize
+
+    return summarize(Path(path))

@@ -1,25 +1,115 @@
-"""A bar on stderr for work that goes block by block; nothing where stderr is no terminal."""
+"""How a conversion looks in a terminal: the bar while it runs, the plan before, the account after."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from quantkit.conversion.convert import Prepared
+from quantkit.conversion.report import ConversionReport, LayerResult
+
+console = Console(stderr=True)
+results = Console(highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def block_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Gives a function to be told who is at work, blocks done, and blocks in all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class ConvertProgress:
+    """A listener with a bar per block: the last layer and its error, blocks done, time left."""
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, int] = {}
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(elapsed_when_finished=False), console=console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("preparing", total=None, detail="")
 
-        def told(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(label, total=total)
-            bar.update(tasks[label], completed=done)
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
 
-        yield told
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def started(self, num_blocks: int) -> None:
+        self._bar.update(self._task, total=num_blocks, description="copying unquantized tensors")
+
+    def stage(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
+
+    def layer(self, result: LayerResult) -> None:
+        self._bar.update(self._task, description="quantizing", detail=f"{result.name}  error {result.error:.2e}")
+
+    def block(self, index: int, results: list[LayerResult], *, resumed: bool) -> None:
+        mean = sum(r.error for r in results) / max(1, len(results))
+        detail = f"block {index}  mean error {mean:.2e}{'  (done before)' if resumed else ''}"
+        self._bar.update(self._task, completed=index + 1, detail=detail)
+        if not self._bar.console.is_terminal:
+            console.print(detail, highlight=False)
+
+
+def show_plan(prepared: Prepared) -> None:
+    """What a dry run prints."""
+    plan = prepared.plan
+    table = Table(title=f"{prepared.origin.name} by {prepared.recipe.name} to {plan.format.name}", title_justify="left")
+    for column in ("scheme", "layers", "weights"):
+        table.add_column(column, justify="left" if column == "scheme" else "right")
+    kinds = Counter(layer.scheme.name for layer in plan.layers.values())
+    weights: Counter[str] = Counter()
+    for layer in plan.layers.values():
+        weights[layer.scheme.name] += layer.linear.shape[0] * layer.linear.shape[1]
+    for name, count in kinds.items():
+        table.add_row(name, f"{count:,}", f"{weights[name]:,}")
+    results.print(table)
+    _show_notes({f"{name}: {layer.note}" for name, layer in plan.layers.items() if layer.note}, plan.left_alone)
+    results.print(
+        f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, "
+        f"{plan.linear_bpw:.3f} bits per weight in quantized layers, {plan.file_bpw:.3f} over the file"
+    )
+    results.print("calibrated" if plan.needs_calibration else "needs no calibration data; the model is never built")
+
+
+def show_report(report: ConversionReport) -> None:
+    """The table at the end of a conversion."""
+    table = Table(title=f"{report.output}: {report.source} by {report.recipe} as {report.format}", title_justify="left", show_header=False)
+    ratio = report.bytes_before / max(1, report.bytes_after)
+    table.add_row("size", f"{_megabytes(report.bytes_before)} -> {_megabytes(report.bytes_after)} ({ratio:.2f}x smaller)")
+    table.add_row("bits per weight", f"{report.linear_bpw:.3f} in quantized layers, {report.file_bpw:.3f} over the file")
+    table.add_row("time", f"{report.seconds:.1f} s")
+    table.add_row("peak memory", _megabytes(report.peak_memory_bytes))
+    table.add_row("layer error", f"mean {report.mean_error:.2e}, worst {report.worst.error:.2e} ({report.worst.name})")
+    if report.divergence:
+        d = report.divergence
+        table.add_row("perplexity", f"{d['ppl_baseline']:.4f} -> {d['ppl_quantized']:.4f} ({d['num_tokens']} held-out calibration tokens)")
+        table.add_row("KL divergence", f"{d['kl_mean']:.5f} ± {d['kl_se']:.5f} nats; same top token {100 * d['top1']:.2f}%")
+    else:
+        table.add_row("perplexity, KL", f"not measured; quantkit eval {report.output} --baseline {report.source}")
+    results.print(table)
+    if report.calibration:
+        results.print(report.calibration)
+    _show_notes({f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)
+
+
+def _show_notes(notes: set[str], left_alone: dict[str, str]) -> None:
+    for line in _condensed(notes):
+        results.print(f"note: {line}")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_alone.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        results.print(f"left alone ({reason}): {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
+
+
+def _condensed(notes: set[str]) -> list[str]:
+    by_text: dict[str, list[str]] = {}
+    for note in sorted(notes):
+        name, _, text = note.partition(": ")
+        by_text.setdefault(text, []).append(name)
+    return [f"{text}: {names[0]}{f' and {len(names) - 1} more layers' if len(names) > 1 else ''}" for text, names in by_text.items()]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,100 @@
+"""`quantkit convert`: options in, progress on stderr, the account of what was written on stdout."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from quantkit.conversion.convert import ConvertOptions
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Size(click.ParamType):
+    """Bytes with a unit, as 5GB or 512MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(value).strip(), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is no size; write 5GB, 500MB or 512MiB", param, ctx)
+        return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--out", required=True, type=click.Path(), help="Folder to write; it must not exist.")
+@click.option("-r", "--recipe", default="w4a16-gptq", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
+@click.option("-f", "--format", "format_name", default="compressed-tensors", show_default=True, help="Container: compressed-tensors, gptq, gptq-v2.")
+@click.option("--calib", metavar="DATA", help="Text, JSONL, JSON, CSV or parquet file or folder, a data set's name, or a token file. Default: the built-in mix.")
+@click.option("--text-column", help="Column of the calibration data that holds the text or the conversation.")
+@click.option("--prompt-column", help="With --response-column: two columns that make one exchange.")
+@click.option("--response-column", help="See --prompt-column.")
+@click.option("--calib-layout", default="pack", show_default=True, type=click.Choice(["pack", "pad"]), help="Fill rows with documents, or one document a row.")
+@click.option("--num-samples", default=256, show_default=True, type=click.IntRange(1), help="Calibration rows.")
+@click.option("--seq-len", type=click.IntRange(2), help="Tokens a row. Default: 2048, or the model's context if that is less.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--dtype", default="auto", show_default=True, help="Type of unquantized tensors: auto (as they are), bfloat16, float16, float32.")
+@click.option("--override", multiple=True, metavar="REGEX=SCHEME", help="Scheme of layers whose name matches, e.g. 'down_proj=w8a16'. Repeatable.")
+@click.option("--ignore", multiple=True, metavar="REGEX", help="Layers to leave as they are. Repeatable.")
+@click.option("--group-size", type=int, help="Weights that share a scale; -1 for one scale a channel. It must divide every layer it applies to.")
+@click.option("--max-shard-size", default="5GB", show_default=True, type=Size(), help="Largest weight file.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace the model at OUT once the new one is whole.")
+@click.option("--fresh", is_flag=True, help="Discard what an unfinished run left instead of going on with it.")
+@click.option("--requantize", is_flag=True, help="Accept a source that is already quantized.")
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Perplexity and KL on held-out calibration rows (calibrated recipes).")
+@click.option("--seed", default=0, show_default=True, help="Which calibration documents come first.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model. Off by default for good reason.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Quantize SOURCE and write it to a new folder.
+
+    SOURCE is a Hugging Face folder, a hub id (org/name), modelscope:org/name, or `reference`, the small model that ships with quantkit.
+
+    A run that was stopped or killed goes on where it was when the same command is given again.
+
+    \b
+    quantkit convert reference -o out
+    quantkit convert org/name -o out -r w4a16-gptq -f gptq --calib chats.jsonl
+    quantkit convert ./model -o out -r w4a16-mse --override 'down_proj=w8a16' --ignore 'layers\\.0\\.'
+    """
+    from pathlib import Path
+
+    from quantkit.cli.progress import ConvertProgress, console, show_plan, show_report
+    from quantkit.conversion.convert import plan_conversion, run
+
+    settings = _settings(options)
+    with console.status("reading headers"):
+        prepared = plan_conversion(source, settings)
+    if dry_run:
+        show_plan(prepared)
+        return
+    with ConvertProgress() as progress:
+        report = run(prepared, Path(out), progress)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(report.to_dict(), indent=1))
+    else:
+        show_report(report)
+
+
+def _settings(options: dict[str, Any]) -> ConvertOptions:
+    from quantkit.conversion.calibration import CalibrationOptions
+    from quantkit.conversion.convert import ConvertOptions
+
+    calibration = CalibrationOptions(
+        source=options["calib"], num_samples=options["num_samples"], seq_len=options["seq_len"], text_column=options["text_column"],
+        prompt_column=options["prompt_column"], response_column=options["response_column"], layout=options["calib_layout"], seed=options["seed"],
+    )  # fmt: skip
+    return ConvertOptions(
+        recipe=options["recipe"], format=options["format_name"], calibration=calibration, overrides=options["override"], ignore=options["ignore"],
+        group_size=options["group_size"], dtype=options["dtype"], device=options["device"], max_shard_size=options["max_shard_size"],
+        overwrite=options["overwrite"], fresh=options["fresh"], requantize=options["requantize"], measure=options["measure"],
+        trust_remote_code=options["trust_remote_code"],
+    )  # fmt: skip
