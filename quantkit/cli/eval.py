@@ -61,7 +61,7 @@ def evaluate(
 def _run(model: str, baseline: str | None, metrics: tuple[str, ...], as_json: bool, settings: dict) -> None:
     import json
 
-    from quantkit.cli.progress import block_progress
+    from quantkit.cli.block_progress import block_progress
     from quantkit.evaluation.evaluate import EvaluationOptions, evaluate
     from quantkit.evaluation.report import divergence_lines, perplexity_lines
 

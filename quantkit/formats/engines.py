@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from quantkit import __version__
 from quantkit.core.scheme import CHANNEL
 from quantkit.formats import engine_rules as r
 from quantkit.formats.engine_rules import Rule, Stored
@@ -150,7 +151,7 @@ ENGINES = (
         },
         how={"plain": "to quantize it"},
     ),
-    Engine("quantkit", "0.1.0", {"": (r.unread_here,)}),
+    Engine("quantkit", __version__, {"": (r.unread_here,)}),
 )
 
 
