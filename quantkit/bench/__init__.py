@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat: whole commands, their time and their memory."""
