@@ -104,7 +104,7 @@ def no_act_order(stored: Stored) -> str | None:
 
 
 def one_config_group(stored: Stored) -> str | None:
-    groups = stored.config.get("config_groups") or {}
+    groups = config_groups(stored)
     return f"reads one config group, and here are {len(groups)}" if len(groups) > 1 else None
 
 
@@ -165,6 +165,12 @@ def marlin_only(stored: Stored) -> str | None:
 
 def unread_here(stored: Stored) -> str | None:
     return stored.unread
+
+
+def config_groups(stored: Stored) -> list[Mapping[str, Any]]:
+    """The config groups of a compressed-tensors model, as far as they are any."""
+    groups = stored.config.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
 
 
 def bits(layer: StoredLayer) -> int:

@@ -36,7 +36,7 @@ CONTAINERS = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether an engine of this version loads the model; None where it is not known. `reason` says why not, or what makes it so."""
+    """Whether an engine of this version loads the model; None where it is not known. `reason` says why not, or what it takes."""
 
     engine: str
     version: str
@@ -67,7 +67,8 @@ class Engine:
 
 _PLUGIN = "its core no longer reads it; a plugin does"
 _ONLY_DEQUANTIZES = "reads GPTQ and AWQ; this it can only dequantize, to quantize anew"
-_DECODED = "decoded, to be quantized anew"
+_CONVERTED = "by convert_hf_to_gguf.py"
+_DECODED = f"{_CONVERTED}, decoded to be quantized anew"
 
 ENGINES = (
     Engine(
@@ -128,7 +129,7 @@ ENGINES = (
     ),
     Engine(
         "llama.cpp",
-        "2026-09, by convert_hf_to_gguf.py",
+        "2026-09",
         {
             "plain": (),
             "gptq": (r.only_bits(2, 4, 8), r.one_width),
@@ -138,7 +139,11 @@ ENGINES = (
             "awq": "its converter reads no AWQ",
             "bitsandbytes": "its converter reads no bitsandbytes",
         },
-        how=dict.fromkeys(("gptq", "ct-packed", "ct-int8", "ct-fp8", "fp8"), _DECODED) | {"ct-fp4": "NVFP4 is repacked"},
+        how={
+            "plain": _CONVERTED,
+            **dict.fromkeys(("gptq", "ct-packed", "ct-int8", "ct-fp8", "fp8"), _DECODED),
+            "ct-fp4": f"{_CONVERTED}; NVFP4 is repacked",
+        },
     ),
     Engine(
         "GPTQModel",
@@ -168,8 +173,7 @@ def layout_of(stored: Stored) -> str:
         return stored.container
     if stored.layers:
         return "ct-int8" if any(layer.scheme.activation for layer in stored.layers) else "ct-packed"
-    groups = (stored.config.get("config_groups") or {}).values()
-    formats = {str(group.get("format")) for group in groups if isinstance(group, dict)} | {str(stored.config.get("format"))}
+    formats = {str(group.get("format")) for group in r.config_groups(stored)} | {str(stored.config.get("format"))}
     if any("fp4" in f or "fp6" in f for f in formats):
         return "ct-fp4"
     return "ct-fp8" if any("float" in f or "fp8" in f for f in formats) else "ct-other"
@@ -184,4 +188,4 @@ def _verdict(engine: Engine, stored: Stored) -> Verdict:
     if refusal:
         return Verdict(engine.name, engine.version, False, refusal)
     how = (engine.how or {}).get(layout, "")
-    return Verdict(engine.name, engine.version, True, how or "loads it", tuple(note for rule in engine.notes if (note := rule(stored))))
+    return Verdict(engine.name, engine.version, True, how, tuple(note for rule in engine.notes if (note := rule(stored))))

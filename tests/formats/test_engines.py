@@ -93,8 +93,8 @@ def test_scales_that_loaders_cast_are_noted() -> None:
     assert not verdict("vLLM", stored("gptq", "w4a16")).notes
 
 
-def test_every_container_has_a_description_and_every_verdict_a_reason() -> None:
+def test_every_container_has_a_verdict_from_every_engine_and_no_refusal_without_a_reason() -> None:
     for container in CONTAINERS:
         found = verdicts(stored(container, unread="not read"))
         assert [v.engine for v in found] == [engine.name for engine in ENGINES]
-        assert all(v.reason for v in found)
+        assert all(v.reason for v in found if not v.loads)

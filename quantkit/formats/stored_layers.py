@@ -1,0 +1,101 @@
+"""What headers alone tell of a checkpoint's linears: shapes, types, packing, and which are quantized where the container is not decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.core.packing import packed_words
+from quantkit.errors import CheckpointError
+from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.models.architecture import Architecture, Linear
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def stored_shape(opened: OpenedCheckpoint, module: str) -> tuple[int, int]:
+    """(N, K) of a quantized module; reads at most the two numbers of a `weight_shape`.
+
+    Raises:
+        CheckpointError: the part that tells is absent, or is no matrix.
+    """
+    reader, scheme = opened.reader, opened.schemes[module]
+    assert scheme.weight is not None
+    infos = {name.rpartition(".")[2]: reader.info(name) for name in opened.parts(module)}
+    if "weight_shape" in infos:
+        rows, columns = (int(n) for n in reader.get(f"{module}.weight_shape"))
+        return rows, columns
+    main = infos.get("qweight") or infos.get("weight")
+    if main is None or len(main.shape) != 2:
+        raise CheckpointError(f"{module} is quantized, but of what shape is not stored: it has {', '.join(sorted(infos)) or 'nothing'}")
+    if "qweight" not in infos:
+        return main.shape[0], main.shape[1]
+    columns = infos["g_idx"].shape[0] if "g_idx" in infos else main.shape[0] * 32 // scheme.weight.bits
+    return main.shape[1], columns
+
+
+def scale_dtype(opened: OpenedCheckpoint) -> torch.dtype | None:
+    """The type of the first quantized layer's scales."""
+    names = (name for module in opened.schemes for name in opened.parts(module) if name.endswith((".scales", ".weight_scale")))
+    first = next(names, None)
+    return opened.reader.info(first).dtype if first else None
+
+
+def packs_whole_words(opened: OpenedCheckpoint, shapes: dict[str, tuple[int, int]]) -> bool:
+    """Whether a layer is packed with 32 // bits codes a word where that differs from a dense stream."""
+    for module, scheme in opened.schemes.items():
+        name = f"{module}.weight_packed"
+        if scheme.weight is not None and name in opened.reader:
+            words = opened.reader.info(name).shape[1]
+            if words != packed_words(shapes[module][1], scheme.weight.bits):
+                return True
+    return False
+
+
+def plain_linears(reader: CheckpointReader, names: Iterable[str]) -> tuple[str, ...]:
+    """Modules of projections whose weight is stored as it is."""
+    return tuple(name.removesuffix(".weight") for name in names if name.endswith("_proj.weight") and reader.info(name).dtype in _FLOATS)
+
+
+def quantized_linears(reader: CheckpointReader, architecture: Architecture) -> list[tuple[Linear, int]]:
+    """The model's linears that are stored as something else than one floating-point weight, with the bytes stored for each, biases aside."""
+    by_module: dict[str, list[str]] = {}
+    linears = [linear for block in architecture.blocks for linear in block.linears] + architecture.outside
+    known = {linear.name for linear in linears}
+    for name in reader.names:
+        module = next((stem for stem in _stems(name) if stem in known), None)
+        if module is not None and name != f"{module}.bias":
+            by_module.setdefault(module, []).append(name)
+    found = []
+    for linear in linears:
+        infos = [reader.info(name) for name in by_module.get(linear.name, ())]
+        if infos and not (len(infos) == 1 and infos[0].dtype in _FLOATS):
+            found.append((linear, sum(info.nbytes for info in infos)))
+    return found
+
+
+def main_dtype(reader: CheckpointReader, names: Sequence[str]) -> torch.dtype:
+    """The floating-point type of most bytes of these tensors."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in map(reader.info, names):
+        if info.dtype in _FLOATS:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+class AnyPart:
+    """Checkpoint names for finding linears whatever their parts are called: a module that has any part has a weight."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = {stem for name in names for stem in (name, *(f"{stem}.weight" for stem in _stems(name)))}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+def _stems(name: str) -> list[str]:
+    """Everything a dotted name may belong to, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
