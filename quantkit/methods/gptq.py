@@ -8,7 +8,7 @@ compensation, and the result is then descended to a nearby minimum of the same o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.quantize import Grid, as_groups, range_grid, search_grid
 from quantkit.core.scheme import QuantSpec
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, RecipeError, did_you_mean
 from quantkit.methods.base import Statistics, from_grid
 from quantkit.methods.descent import descend
 
@@ -42,6 +42,18 @@ class GPTQ:
     descent: int = 4
     block: int = 128
     needs_calibration = True
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise RecipeError(f"unknown order {self.order!r}; {did_you_mean(str(self.order), get_args(Order))}")
+        if not isinstance(self.damp, int | float) or not 0 < self.damp <= 1:
+            raise RecipeError(f"damp is {self.damp!r}; give a share of the mean diagonal above 0 and up to 1, such as 0.01")
+        if not isinstance(self.search, bool):
+            raise RecipeError(f"search is {self.search!r}; give true or false")
+        if type(self.descent) is not int or self.descent < 0:
+            raise RecipeError(f"descent is {self.descent!r}; give a number of passes, 0 for none")
+        if type(self.block) is not int or self.block < 1:
+            raise RecipeError(f"block is {self.block!r}; give a number of columns, such as 128")
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         """Raises CalibrationError when no damping makes the Hessian positive definite."""
