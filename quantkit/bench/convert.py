@@ -27,7 +27,7 @@ class Case:
 
 
 CASES = (
-    Case("data-free, 2 GB", "w4a16-rtn", 20, 2048, 5632),
+    Case("data-free, 2 GB", "w4a16-rtn", 22, 2048, 5632),
     Case("data-free with scale search, 0.4 GB", "w4a16-mse", 4, 2048, 5632),
     Case("calibrated, 4 blocks", "w4a16-gptq", 4, 512, 1536, samples=32),
     Case("calibrated, 16 blocks", "w4a16-gptq", 16, 512, 1536, samples=32),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _CODES_PER_PERIOD = 32
+_BYTE_WIDTHS = (1, 2, 4, 8)
+"""Widths whose codes never cross a byte: they are packed into bytes, four of which are a word on a little-endian machine."""
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -27,6 +29,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         int32 [..., ceil(K * bits / 32)].
     """
+    if bits in _BYTE_WIDTHS:
+        return _pack_bytes(codes, bits)
     *lead, count = codes.shape
     periods = -(-count // _CODES_PER_PERIOD)
     padded = codes.new_zeros((*lead, periods * _CODES_PER_PERIOD), dtype=torch.int64)
@@ -51,6 +55,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     Returns:
         uint8 [..., count].
     """
+    if bits in _BYTE_WIDTHS:
+        return _unpack_bytes(words, bits, count)
     *lead, width = words.shape
     periods = -(-count // _CODES_PER_PERIOD)
     padded = words.new_zeros((*lead, periods * bits), dtype=torch.int64)
@@ -66,6 +72,24 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
             value = value | (padded[..., word + 1] << (32 - offset))
         codes[..., i] = (value & mask).to(torch.uint8)
     return codes.view(*lead, periods * _CODES_PER_PERIOD)[..., :count].contiguous()
+
+
+def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    *lead, count = codes.shape
+    padded = codes.to(torch.uint8)
+    if count % (32 // bits):
+        padded = torch.nn.functional.pad(padded, (0, -count % (32 // bits)))
+    slots = padded.reshape(*lead, -1, 8 // bits)
+    packed = slots[..., 0].clone()
+    for i in range(1, 8 // bits):
+        packed |= slots[..., i] << (i * bits)
+    return packed.contiguous().view(torch.int32)
+
+
+def _unpack_bytes(words: Tensor, bits: int, count: int) -> Tensor:
+    packed = words.contiguous().view(torch.uint8)
+    codes = torch.stack([(packed >> (i * bits)) & ((1 << bits) - 1) for i in range(8 // bits)], dim=-1)
+    return codes.flatten(-2)[..., :count].contiguous()
 
 
 def pack_whole(codes: Tensor, bits: int) -> Tensor:
