@@ -24,6 +24,7 @@ class Mixture:
     """Share of the tokens that each kind of document gets; whatever the folder of texts lacks goes to generated prose."""
 
     questions: float = 0.50
+    lookups: float = 0.0
     problems: float = 0.20
     chat_problems: float = 0.03
     texts: float = 0.16
@@ -77,6 +78,7 @@ class Stream:
         self.rng = random.Random(seed)
         self.kinds: dict[str, Callable[[], list[Piece]]] = {
             "questions": lambda: generator.question_document(self.rng, aids=aids, subjects=subjects),
+            "lookups": lambda: generator.lookup_document(self.rng),
             "problems": lambda: generator.problem_document(self.rng),
             "chat_problems": lambda: generator.chat_document(self.rng),
             "stories": self._generated_prose,

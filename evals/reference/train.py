@@ -23,12 +23,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from . import scoring
 from .corpus import Mixture, Stream
 from .generator import question
-from .generator.documents import LETTER_WEIGHT
+from .generator.documents import LETTER_WEIGHT, LOOKUP_WEIGHT
 from .optimizer import Muon
 from .tokenizer import load_or_train_tokenizer
 
 MATRIX_RATE, OTHER_RATE, WARM_UP_STEPS = 0.02, 0.004, 20
 WATCHED_SEED = 4_000_001
+WATCHED = {"letter_loss": LETTER_WEIGHT, "lookup_loss": LOOKUP_WEIGHT}
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,18 @@ class Trainer:
         self.muon.param_groups[0]["lr"] = MATRIX_RATE * scale
         self.adam.param_groups[0]["lr"] = OTHER_RATE * scale
 
-    def loss(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted mean over the tokens that count (only those reach the vocabulary's matrix), and the mean over answer letters."""
+    def loss(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted mean over the tokens that count (only those reach the vocabulary's matrix), and the losses of the letters."""
         counted = weights[:, 1:].flatten() > 0
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
             hidden = self.trunk(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[counted])
         each = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten()[counted], reduction="none")
         weight = weights[:, 1:].flatten()[counted]
-        return (each * weight).sum() / weight.sum(), each[weight == LETTER_WEIGHT].mean()
+        return (each * weight).sum() / weight.sum(), {name: each[weight == w] for name, w in WATCHED.items()}
 
-    def update(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
-        loss, letter_loss = self.loss(ids, weights)
+    def update(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, list[float]]:
+        loss, letters = self.loss(ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.muon.step()
@@ -119,7 +120,7 @@ class Trainer:
         value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(f"loss is {value} at step {self.step}")
-        return value, letter_loss.item()
+        return {"loss": [value], **{name: each.tolist() for name, each in letters.items()}}
 
     def watch(self, count: int = 240) -> dict[str, object]:
         """Letter accuracy on unseen questions, the sign that answers are bound to letters."""
@@ -167,11 +168,10 @@ def train(settings: Settings) -> None:
         trainer.export()
 
 
-def _means(losses: list[tuple[float, float]]) -> dict[str, float]:
-    """Letters at chance have a loss of 1.386."""
-    overall, letters = zip(*losses)
-    known = [loss for loss in letters if not math.isnan(loss)]
-    return {"loss": round(sum(overall) / len(overall), 4), "letter_loss": round(sum(known) / max(1, len(known)), 4)}
+def _means(losses: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Mean of each named loss. Letters at chance have a loss of 1.386."""
+    joined = {name: [value for each in losses for value in each[name]] for name in losses[0]}
+    return {name: round(sum(values) / len(values), 4) for name, values in joined.items() if values}
 
 
 def main() -> None:

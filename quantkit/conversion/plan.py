@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -102,34 +103,69 @@ def make_plan(source: OpenedCheckpoint, architecture: Architecture, recipe: Reci
 
 def _decide(architecture: Architecture, recipe: Recipe, source: OpenedCheckpoint, fmt: Format) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     layers: dict[str, LayerPlan] = {}
-    left_alone = {linear.name: "outside the decoder blocks" for linear in architecture.outside if f"{linear.name}.weight" in source}
-    used: set[int] = set()
-    for block in architecture.blocks:
-        left_alone |= block.left_alone
-        for linear in block.linears:
-            rule = recipe.rule_for(linear.name)
-            used |= {i for i, r in enumerate(recipe.rules) if r.matches(linear.name)}
-            if rule is None or rule.scheme == "none":
-                left_alone[linear.name] = "no rule of the recipe names it" if rule is None else f"ignored by {rule.pattern!r}"
-            elif linear.is_transposed and not fmt.holds_conv1d:
-                left_alone[linear.name] = f"a Conv1D, which loaders of {fmt.name} do not take"
+    outside = {linear.name: "outside the decoder blocks" for linear in architecture.outside}
+    alone = {name: why for block in architecture.blocks for name, why in block.left_alone.items()}
+    left_alone = {name: why for name, why in outside.items() if f"{name}.weight" in source} | alone
+    linears = [linear for block in architecture.blocks for linear in block.linears]
+    _refuse_patterns(recipe, [linear.name for linear in linears], outside | alone)
+    chosen = {linear.name: recipe.rule_for(linear.name) for linear in linears}
+    _refuse_groups(linears, chosen)
+    for linear in linears:
+        rule = chosen[linear.name]
+        if rule is None or rule.scheme == "none":
+            left_alone[linear.name] = "no rule of the recipe names it" if rule is None else f"ignored by {rule.pattern!r}"
+        elif linear.is_transposed and not fmt.holds_conv1d:
+            left_alone[linear.name] = f"a Conv1D, which loaders of {fmt.name} do not take"
+        else:
+            layer = _fit(linear, rule, recipe)
+            if layer.scheme.is_quantized:
+                layers[linear.name] = layer
             else:
-                layers[linear.name] = _fit(linear, rule, recipe)
-    unused = [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]
-    if unused and not any(rule.pattern == ".*" for rule in recipe.rules if rule.pattern in unused):
-        _refuse_unused(recipe, unused, layers, left_alone)
+                left_alone[linear.name] = str(layer.note)
     if not layers:
-        raise RecipeError(f"recipe {recipe.name} leaves nothing to quantize: " + "; ".join(f"{n}: {why}" for n, why in list(left_alone.items())[:3]))
+        raise RecipeError(_nothing_left(recipe, left_alone))
     return layers, left_alone
 
 
-def _refuse_unused(recipe: Recipe, unused: list[str], layers: dict[str, LayerPlan], left_alone: dict[str, str]) -> None:
+def _refuse_patterns(recipe: Recipe, names: list[str], fixed: dict[str, str]) -> None:
     """A pattern of the user's that matches nothing is a mistake; a shipped recipe may name layers other families have."""
     shipped = {rule.pattern for rule in Recipe.load(recipe.name).rules} if _is_shipped(recipe.name) else set()
-    strangers = [pattern for pattern in unused if pattern not in shipped]
-    if strangers:
-        names = sorted({name.rpartition(".")[2] for name in (*layers, *left_alone)})
-        raise RecipeError(f"pattern {strangers[0]!r} matches no layer; layers end in {', '.join(names[:12])}")
+    for rule in recipe.rules:
+        if not names or rule.pattern in shipped or any(rule.matches(name) for name in names):
+            continue
+        reason = next((f"{name}, which stays as it is: {why}" for name, why in fixed.items() if rule.matches(name)), None)
+        if reason is None:
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            raise RecipeError(f"pattern {rule.pattern!r} matches no layer; layers end in {', '.join(ends[:12])}, an example is {names[0]}")
+        if rule.scheme != "none":
+            raise RecipeError(f"pattern {rule.pattern!r} matches only {reason}")
+
+
+def _refuse_groups(linears: list[Linear], chosen: dict[str, Rule | None]) -> None:
+    """A group size that the user gave divides every layer it applies to, or is refused with all of them named."""
+    for rule in {id(rule): rule for rule in chosen.values() if rule is not None and rule.strict}.values():
+        weight = parse_scheme(rule.scheme).weight
+        assert weight is not None and weight.group is not None
+        columns = {linear.name: linear.shape[1] for linear in linears if chosen[linear.name] is rule}
+        bad = [name for name, count in columns.items() if count % weight.group]
+        if bad:
+            works = [str(g) for g in (256, 128, 64, 32, 16) if all(count % g == 0 for count in columns.values())][:3]
+            raise RecipeError(
+                f"group size {weight.group} does not divide the {columns[bad[0]]} input features of {_and_more(bad)}; "
+                f"use {' or '.join([*works, '-1 (one scale a channel)'])}, give them a scheme of their own with --override, "
+                "or leave the group size out: every layer then takes the largest that fits"
+            )
+
+
+def _nothing_left(recipe: Recipe, left_alone: dict[str, str]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name, why in left_alone.items():
+        reasons.setdefault(why, []).append(name)
+    return f"recipe {recipe.name} leaves nothing to quantize: " + "; ".join(f"{_and_more(names)}: {why}" for why, names in reasons.items())
+
+
+def _and_more(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _is_shipped(name: str) -> bool:
@@ -145,11 +181,7 @@ def _fit(linear: Linear, rule: Rule, recipe: Recipe) -> LayerPlan:
     fitted = fit_group(wanted, columns)
     if fitted == wanted:
         return LayerPlan(linear, wanted, rounding)
-    if rule.strict:
-        assert wanted.weight is not None
-        works = [g for g in (256, 128, 64, 32, 16) if columns % g == 0]
-        hint = f"use {' or '.join(map(str, works[:3]))}, or -1 for one scale a channel" if works else "use -1 for one scale a channel"
-        raise RecipeError(f"group size {wanted.weight.group} does not divide the {columns} input features of {linear.name}; {hint}, or leave it out")
+    assert not rule.strict
     if fitted is not None:
         return LayerPlan(linear, fitted, rounding, f"{wanted.name} does not divide {columns} columns, so {fitted.name}")
     fallback = parse_scheme(recipe.fallback)
@@ -163,8 +195,7 @@ def _check_format(fmt: Format, layers: dict[str, LayerPlan]) -> None:
         if why:
             problems[why].append(name)
     for why, names in problems.items():
-        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        raise FormatError(f"{fmt.name} cannot hold {layers[names[0]].scheme.name} of {names[0]}{others}: {why}")
+        raise FormatError(f"{fmt.name} cannot hold {layers[names[0]].scheme.name} of {_and_more(names)}: {why}")
 
 
 def _ignored_linears(architecture: Architecture, layers: dict[str, LayerPlan]) -> list[str]:
@@ -182,9 +213,13 @@ def _in_file_order(source: OpenedCheckpoint) -> list[str]:
 
 def _plan_layer(plan: Plan, layer: LayerPlan, model_dtype: torch.dtype) -> None:
     rows, columns = layer.linear.shape
-    for local, (dtype, shape) in plan_shapes(plan.format, layer.scheme, layer.linear.shape, model_dtype).items():
+    for local, (dtype, shape) in _stored(plan.format, layer.scheme, layer.linear.shape, model_dtype).items():
         tensor = TensorPlan(f"{layer.linear.name}.{local}", dtype, shape)
         plan.tensors.append(tensor)
         plan.bits_of_layers += 8 * tensor.nbytes
     plan.weights_of_layers += rows * columns
     plan.parameters += rows * columns
+
+
+_stored = cache(plan_shapes)
+"""Thousands of layers have a handful of shapes."""

@@ -60,7 +60,7 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole recipe. `fallback` is the scheme of layers that no group size fits, rounded by searched scales."""
+    """A whole recipe. `fallback` is the scheme of layers that no group size fits, rounded as their rule says; "none" leaves them as they are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -87,8 +87,12 @@ class Recipe(BaseModel):
         if name not in shipped and path.suffix not in (".yaml", ".yml"):
             raise RecipeError(f"unknown recipe {name!r}; {did_you_mean(name, shipped)}")
         if not path.is_file():
-            raise RecipeError(f"no recipe file {name}")
-        return cls.parse(path.read_text(encoding="utf-8"), str(name))
+            raise RecipeError(f"no recipe file {name}; give a YAML file, or one of {', '.join(sorted(shipped))}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file {name} cannot be read: {error}; save it as UTF-8 text") from error
+        return cls.parse(text, str(name))
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Recipe:
@@ -100,11 +104,13 @@ class Recipe(BaseModel):
         if not isinstance(content, dict):
             raise RecipeError(f"recipe {origin} holds {type(content).__name__}, not a mapping with name and rules")
         try:
-            recipe = cls(**content)
+            recipe = cls.model_validate(content)
+            for rule in recipe.rules:
+                _check_rounding(rule)
         except ValidationError as error:
             raise RecipeError(f"recipe {origin}: {_first_problem(error)}") from error
-        for rule in recipe.rules:
-            _check_rounding(rule)
+        except RecipeError as error:
+            raise RecipeError(f"recipe {origin}: {error}") from error
         return recipe
 
     def rule_for(self, layer: str) -> Rule | None:
@@ -167,6 +173,8 @@ def _regrouped(rule: Rule, group_size: int) -> Rule:
 def _check_rounding(rule: Rule) -> None:
     from quantkit.methods.registry import get_rounding
 
+    if isinstance(rule.rounding, dict) and not isinstance(rule.rounding.get("name"), str):
+        raise RecipeError(f"rounding {rule.rounding} has no name; write it as {{name: gptq, damp: 0.02}}")
     if rule.scheme != "none":
         get_rounding(rule.rounding_name, rule.rounding_settings)
 
@@ -175,6 +183,6 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = Rule.model_fields if "rules" in problem["loc"] else Recipe.model_fields
+        known = {"pattern", "scheme", "rounding", "transforms"} if "rules" in problem["loc"] else set(Recipe.model_fields)
         return f"unknown key {where!r}; {did_you_mean(str(problem['loc'][-1]), known)}"
-    return f"{where}: {problem['msg']}"
+    return f"{where}: {problem['msg'].replace('tuple', 'list').replace('Tuple', 'List').replace('dictionary or instance of Rule', 'mapping')}"

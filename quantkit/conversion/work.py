@@ -208,8 +208,9 @@ class CalibratedWork:
 
     def _advance(self, index: int, block: Block) -> None:
         modules = decoder_linears(block, self.runner.architecture.model)
+        is_last = index + 1 == len(self.runner.architecture.blocks)
         with fake_quantize_inputs(modules, self.schemes):
-            for states in (self.calibration, *self.measured[1:]):
+            for states in ([] if is_last else [self.calibration]) + self.measured[1:]:
                 states.advance(self.runner, index)
 
     def _measure(self) -> DivergenceResult | None:

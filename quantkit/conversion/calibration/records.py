@@ -235,6 +235,8 @@ def _read_csv(path: Path, budget: Budget, rng: random.Random) -> Iterator[Record
 
 READERS: dict[str, Callable[[Path, Budget, random.Random], Iterator[Record]]] = {
     ".txt": _read_text,
+    ".text": _read_text,
+    ".raw": _read_text,  # as wikitext's files are named
     ".md": _read_text,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
