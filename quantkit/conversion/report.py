@@ -64,12 +64,13 @@ def model_card(report: ConversionReport, base_model: str) -> str:
         ("mean / worst layer error", f"{report.mean_error:.2e} / {report.worst.error:.2e} ({report.worst.name})"),
     ]
     if report.calibration:
-        rows.append(("calibration", report.calibration))
+        rows.append(("calibration", report.calibration.removeprefix("calibration: ")))
     if report.divergence:
         d = report.divergence
         rows.append(("perplexity on held-out calibration rows", f"{d['ppl_baseline']:.4f} -> {d['ppl_quantized']:.4f}"))
         rows.append(("KL divergence from the original", f"{d['kl_mean']:.5f} ± {d['kl_se']:.5f} nats over {d['num_tokens']} tokens"))
         rows.append(("same most likely token", f"{100 * d['top1']:.2f}%"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    account = "Every layer's figures are in quantkit_report.json, the recipe in recipe.yaml."
     front = f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [quantkit, {report.format}]\n---\n" if "/" in base_model else ""
-    return f"{front}# {base_model} by quantkit\n\n| | |\n|---|---|\n{table}\n\nEvery layer's figures are in quantkit_report.json, the recipe in recipe.yaml.\n"
+    return f"{front}# {base_model} by quantkit\n\n| | |\n|---|---|\n{table}\n\n{account}\n"

@@ -5,7 +5,7 @@ Which linears share an input is observed: modules that are handed the very same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -41,7 +41,7 @@ class HessianCollector:
                 handle.remove()
             self._seen.clear()
 
-    def _hook(self, name: str):  # noqa: ANN202
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             owner = next((o for tensor, o in self._seen if tensor is x), None)

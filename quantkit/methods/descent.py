@@ -14,7 +14,9 @@ from quantkit.core.quantize import Grid, stored_scale
 from quantkit.core.scheme import QuantSpec
 
 
-def descend(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, spec: QuantSpec, scale_dtype: torch.dtype, *, passes: int) -> tuple[Tensor, Grid]:
+def descend(
+    weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, spec: QuantSpec, scale_dtype: torch.dtype, *, passes: int
+) -> tuple[Tensor, Grid]:
     """Better codes [N, K] and a better grid [N, G, 1] for the float32 weight [N, K], all in the original column order."""
     columns = weight.shape[1]
     size = spec.group_size(columns)

@@ -70,7 +70,7 @@ class GPTQ:
 
     def _round(self, weight: Tensor, factor: Tensor, order: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Grid]:
         """Codes [N, K] in visiting order and the grid [N, G, 1] in original group order. Consumes `weight`."""
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         size = spec.group_size(columns)
         group_of = (order // size).tolist()
         importance = factor.diagonal().pow(-2)
@@ -112,10 +112,8 @@ class GPTQ:
             late = members[:, end - column :] - errors[:, :done] @ factor[start : start + done, end : column + size]
             members = torch.cat([members[:, : end - column], late], dim=1)
         members = members[:, None]
-        if self.search:
-            found = search_grid(members, spec, dtype, importance[column : column + size][None, None])
-        else:
-            found = range_grid(members, spec, dtype)
+        weights = importance[column : column + size][None, None]
+        found = search_grid(members, spec, dtype, weights) if self.search else range_grid(members, spec, dtype)
         grid.scale[:, group] = found.scale[:, 0]
         grid.zero[:, group] = found.zero[:, 0]
 
@@ -147,7 +145,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
         if not failed and bool(torch.isfinite(factor).all()):
             return factor, damped
         damp *= 10
-    raise CalibrationError("the Hessian of a layer's inputs has no Cholesky factor even at full damping; calibrate on more or other text, or in float32")
+    raise CalibrationError("the Hessian of a layer's inputs has no Cholesky factor even at full damping; calibrate on other text or in float32")
 
 
 def _without_dead(hessian: Tensor) -> Tensor:
