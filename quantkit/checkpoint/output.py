@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from quantkit.checkpoint.disk import disk_errors, sync_folder
@@ -92,10 +93,15 @@ def finish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
 
 
 def release(partial: Path) -> None:
-    """Let go of the lock; the work in the folder stays for a later run. Nothing happens if it is not held."""
+    """Let go of the lock; the work in the folder stays for a later run, a folder without any goes. Nothing happens if the lock is not held."""
     descriptor = _held.pop(partial, None)
-    if descriptor is not None:
-        os.close(descriptor)
+    if descriptor is None:
+        return
+    with suppress(OSError):
+        if [path.name for path in partial.iterdir()] == [_LOCK_FILE]:
+            (partial / _LOCK_FILE).unlink()
+            partial.rmdir()
+    os.close(descriptor)
 
 
 def _target(out: Path) -> Path:
