@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,11 @@ class Size(click.ParamType):
 @click.option("-o", "--out", required=True, type=click.Path(), help="Folder to write; it must not exist.")
 @click.option("-r", "--recipe", default="w4a16-gptq", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
 @click.option("-f", "--format", "format_name", default="compressed-tensors", show_default=True, help="Container: compressed-tensors, gptq, gptq-v2.")
-@click.option("--calib", metavar="DATA", help="Text, JSONL, JSON, CSV or parquet file or folder, a data set's name, or a token file. Default: the built-in mix.")
+@click.option("--calib", metavar="DATA", help="Text, JSON(L), CSV or parquet file or folder, data set's name, or token file. Default: built-in mix.")
 @click.option("--text-column", help="Column of the calibration data that holds the text or the conversation.")
 @click.option("--prompt-column", help="With --response-column: two columns that make one exchange.")
 @click.option("--response-column", help="See --prompt-column.")
-@click.option("--calib-layout", default="pack", show_default=True, type=click.Choice(["pack", "pad"]), help="Fill rows with documents, or one document a row.")
+@click.option("--calib-layout", default="pack", show_default=True, type=click.Choice(["pack", "pad"]), help="Documents end to end, or one a row.")
 @click.option("--num-samples", default=256, show_default=True, type=click.IntRange(1), help="Calibration rows.")
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens a row. Default: 2048, or the model's context if that is less.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
@@ -50,7 +51,7 @@ class Size(click.ParamType):
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Perplexity and KL on held-out calibration rows (calibrated recipes).")
 @click.option("--seed", default=0, show_default=True, help="Which calibration documents come first.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model. Off by default for good reason.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report, or a dry run's plan, as JSON.")
 def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Quantize SOURCE and write it to a new folder.
 
@@ -71,14 +72,15 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
     settings = _settings(options)
     with console.status("reading headers"):
         prepared = plan_conversion(source, settings)
+    if dry_run and as_json:
+        click.echo(json.dumps({"source": prepared.origin.name, "recipe": prepared.recipe.name} | prepared.plan.to_dict(), indent=1))
+        return
     if dry_run:
         show_plan(prepared)
         return
     with ConvertProgress() as progress:
         report = run(prepared, Path(out), progress)
     if as_json:
-        import json
-
         click.echo(json.dumps(report.to_dict(), indent=1))
     else:
         show_report(report)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from quantkit.checkpoint.disk import write_atomically
 from quantkit.checkpoint.ledger import Ledger
 from quantkit.checkpoint.output import copy_side_files, finish, prepare, release
 from quantkit.checkpoint.side_files import side_files
 from quantkit.checkpoint.source import Source, resolve
+from quantkit.checkpoint.weight_files import some
 from quantkit.checkpoint.writer import CheckpointWriter, require_space
 from quantkit.conversion.calibration import CalibrationOptions, CalibrationSet, load_calibration
 from quantkit.conversion.plan import Plan, make_plan
@@ -27,11 +27,12 @@ from quantkit.conversion.report import ConversionReport, LayerResult, model_card
 from quantkit.conversion.token_file import load_token_file
 from quantkit.conversion.work import CalibratedWork, Listener, Workplace, carry, round_without_data
 from quantkit.core.divergence import DivergenceResult
-from quantkit.errors import Interrupted, QuantkitError, SourceError, UsageError, did_you_mean
+from quantkit.errors import Interrupted, OutputError, QuantkitError, SourceError, UsageError, did_you_mean
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import get_format
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.streaming import BlockRunner
+from quantkit.models.tokenizer import load_tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT_FILE, RECIPE_FILE, CARD_FILE = "quantkit_report.json", "recipe.yaml", "README.md"
@@ -83,6 +84,7 @@ class Prepared:
     recipe: Recipe
     plan: Plan
     options: ConvertOptions
+    device: torch.device
 
 
 class Silent:
@@ -100,13 +102,14 @@ class Silent:
 def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     """Read headers and decide everything; raises the error of whatever cannot be done."""
     recipe = Recipe.load(options.recipe).changed(overrides=options.overrides, ignore=options.ignore, group_size=options.group_size)
+    device = find_device(options.device)
     origin = resolve(source)
     config = load_config(origin.folder, trust_remote_code=options.trust_remote_code)
     opened = _open(origin, options)
     architecture = describe(config, opened, trust_remote_code=options.trust_remote_code)
     _require_tensors(architecture, opened, origin)
     plan = make_plan(opened, architecture, recipe, options.format, DTYPES[options.dtype])
-    return Prepared(origin, opened, architecture, recipe, plan, options)
+    return Prepared(origin, opened, architecture, recipe, plan, options, device)
 
 
 def convert(source: str, out: str | Path, options: ConvertOptions | None = None, listener: Listener | None = None) -> ConversionReport:
@@ -127,16 +130,16 @@ def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
     """Do what was planned."""
     started = time.monotonic()
     options, plan = prepared.options, prepared.plan
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu" if options.device == "auto" else options.device)
-    rows = load_rows(prepared) if plan.needs_calibration else None
-    side_files(prepared.origin.folder, exclude=(CARD_FILE,))
+    _require_apart(prepared.origin.folder, out)
     partial = prepare(out, overwrite=options.overwrite, fresh=options.fresh)
     try:
         require_space(partial, plan.bytes_after)
-        ledger = Ledger.open(partial, _identity(prepared, rows, device), fresh=options.fresh)
+        side_files(prepared.origin.folder, exclude=(CARD_FILE,))
+        rows = load_rows(prepared) if plan.needs_calibration else None
+        ledger = Ledger.open(partial, _identity(prepared, rows), fresh=options.fresh)
         with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
             writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
-            place = Workplace(prepared.source, plan, writer, ledger, listener, DTYPES[options.dtype] or prepared.source.dtype, device)
+            place = Workplace(prepared.source, plan, writer, ledger, listener, DTYPES[options.dtype] or prepared.source.dtype, prepared.device)
             results, divergence = _work(prepared, place, rows, partial)
             writer.close()
         report = _report(prepared, out, results, divergence, rows, time.monotonic() - started)
@@ -152,14 +155,37 @@ def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
 def load_rows(prepared: Prepared) -> CalibrationSet:
     """The calibration rows, with the rows to be held out behind them."""
     wanted = prepared.options.calibration
-    if wanted.source and wanted.source.endswith(".safetensors"):
-        return load_token_file(Path(wanted.source), wanted, prepared.architecture)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(prepared.origin.folder, trust_remote_code=prepared.options.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SourceError(f"{prepared.origin.name} has no tokenizer that transformers can load, and calibration needs one: {error}") from error
     extra = num_held_out(wanted.num_samples) if prepared.options.measure else 0
-    return load_calibration(replace(wanted, num_samples=wanted.num_samples + extra), tokenizer, context=prepared.architecture.context)
+    more = replace(wanted, num_samples=wanted.num_samples + extra)
+    if wanted.source and wanted.source.endswith(".safetensors"):
+        return load_token_file(Path(wanted.source), more, prepared.architecture)
+    tokenizer = load_tokenizer(prepared.origin.folder, trust_remote_code=prepared.options.trust_remote_code)
+    rows = load_calibration(more, tokenizer, context=prepared.architecture.context)
+    vocabulary = int(prepared.architecture.config.get_text_config().vocab_size)
+    if int(rows.input_ids.max()) >= vocabulary:
+        raise SourceError(
+            f"the tokenizer in {prepared.origin.folder} makes token {int(rows.input_ids.max())}, and the model's vocabulary has {vocabulary}; "
+            "put the model's own tokenizer files there"
+        )
+    return rows
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU where there is one.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError) as error:
+        here = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = str(error).splitlines()[0].partition(" device type at start")[0]
+        raise UsageError(f"device {name!r} cannot be used here ({reason}); use {' or '.join(here)}") from error
+    return device
 
 
 def num_held_out(num_samples: int) -> int:
@@ -181,18 +207,41 @@ def _open(origin: Source, options: ConvertOptions) -> OpenedCheckpoint:
     return opened
 
 
+def _require_apart(source: Path, out: Path) -> None:
+    """What is read is never replaced."""
+    folder, target = source.resolve(), out.expanduser().resolve()
+    if target == folder or target in folder.parents:
+        raise OutputError(f"{out} {'is' if target == folder else 'holds'} the source model; choose another output")
+
+
 def _require_tensors(architecture: Architecture, opened: OpenedCheckpoint, origin: Source) -> None:
-    absent = [f"{n.name}.weight" for block in architecture.blocks for n in block.linears if f"{n.name}.weight" not in opened]
+    """Every parameter of the model is in the checkpoint, in the shape its config says; a tied head need not be."""
+    is_tied = bool(getattr(architecture.config.get_text_config(), "tie_word_embeddings", False))
+    outside = {f"{linear.path}.weight" for linear in architecture.outside}
+    absent = []
+    for path, parameter in architecture.model.named_parameters():
+        name = architecture.find(path, opened)
+        if name is None:
+            absent += [] if is_tied and path in outside else [path]
+        elif name in opened.reader and (stored := opened.reader.info(name).shape) != tuple(parameter.shape):
+            wanted = list(parameter.shape)
+            raise SourceError(f"{origin.name}: {name} is {list(stored)} where config.json asks for {wanted}; the two belong to different models")
     if absent:
-        raise SourceError(f"{origin.name} lacks {len(absent)} tensors its config promises, such as {', '.join(absent[:3])}")
+        raise SourceError(f"{origin.name} lacks {len(absent)} tensors its config promises: {some(absent, 3)}; fetch the model again")
 
 
-def _identity(prepared: Prepared, rows: CalibrationSet | None, device: torch.device) -> dict[str, Any]:
-    options = prepared.options
+def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]:
+    """What the output depends on, under names that say what changed when a run is not gone on with."""
+    options, calibration = prepared.options, prepared.options.calibration
+    rules = {f"rule {i}": f"{rule.pattern}: {rule.scheme} by {rule.rounding}" for i, rule in enumerate(prepared.recipe.rules, 1)}
+    data = {} if rows is None else {
+        "calibration data": rows.report.source, "num_samples": calibration.num_samples, "seq_len": rows.report.seq_len, "seed": calibration.seed,
+        "layout": calibration.layout, "calibration rows": rows.fingerprint,
+    }  # fmt: skip
     return {
-        "source": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.to_yaml(), "format": options.format, "dtype": options.dtype,
-        "max_shard_size": options.max_shard_size, "measure": options.measure, "calibration": rows.fingerprint if rows else None,
-        "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "quantkit": version("quantkit"),
+        "source fingerprint": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.name, **rules, "fallback": prepared.recipe.fallback,
+        "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data,
+        "device": prepared.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "quantkit": version("quantkit"),
     }  # fmt: skip
 
 
@@ -217,14 +266,20 @@ def _split(rows: CalibrationSet, options: ConvertOptions) -> tuple[CalibrationSe
     return rows.split(held) if options.measure and held else (rows, None)
 
 
+def _account(rows: CalibrationSet, options: ConvertOptions) -> str:
+    calibration, held_out = _split(rows, options)
+    return calibration.report.summary() + (f"; {len(held_out.input_ids)} more rows held out to measure on" if held_out else "")
+
+
 def _report(
     prepared: Prepared, out: Path, results: list[LayerResult], divergence: DivergenceResult | None, rows: CalibrationSet | None, seconds: float
 ) -> ConversionReport:
     plan = prepared.plan
     return ConversionReport(
-        source=prepared.origin.name, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results, left_alone=plan.left_alone,
-        bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw, file_bpw=plan.file_bpw, seconds=seconds,
-        peak_memory_bytes=peak_memory(), calibration=rows.report.summary() if rows else None, divergence=divergence.to_dict() if divergence else None,
+        source=prepared.origin.name, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results,
+        left_alone=plan.left_alone, bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw,
+        file_bpw=plan.file_bpw, seconds=seconds, peak_memory_bytes=peak_memory(),
+        calibration=_account(rows, prepared.options) if rows else None, divergence=divergence.to_dict() if divergence else None,
         versions={name: version(name) for name in ("quantkit", "torch", "transformers")}, notes=list(plan.notes),
     )  # fmt: skip
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class LayerPlan:
     note: str | None = None
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Plan:
     """Everything a conversion will read and write.
 
@@ -57,6 +58,11 @@ class Plan:
     def needs_calibration(self) -> bool:
         return any(layer.rounding.needs_calibration for layer in self.layers.values())
 
+    @cached_property
+    def planned(self) -> dict[str, TensorPlan]:
+        """The output tensors by name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
     @property
     def bytes_after(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -70,6 +76,17 @@ class Plan:
     def file_bpw(self) -> float:
         """All bits of the weight files over all parameters."""
         return 8 * self.bytes_after / max(1, self.parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: what a dry run tells a program."""
+        layers = {
+            name: {"shape": list(layer.linear.shape), "scheme": layer.scheme.name, "rounding": type(layer.rounding).__name__, "note": layer.note}
+            for name, layer in self.layers.items()
+        }
+        return {
+            "format": self.format.name, "layers": layers, "left_alone": self.left_alone, "needs_calibration": self.needs_calibration,
+            "bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "linear_bpw": self.linear_bpw, "file_bpw": self.file_bpw,
+        }  # fmt: skip
 
 
 def make_plan(source: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, format_name: str, dtype: torch.dtype | None = None) -> Plan:

@@ -13,7 +13,7 @@ from quantkit.models.architecture import Architecture
 
 
 def load_token_file(path: Path, options: CalibrationOptions, architecture: Architecture) -> CalibrationSet:
-    """The first `num_samples` rows, and as many more as there are to measure on. Every row is one text without padding.
+    """The first `num_samples` rows, or all where there are fewer. Every row is one text without padding.
 
     Raises:
         CalibrationError: there is no such file or tensor, a row is too short or too long, or a token is not in the vocabulary.
@@ -33,7 +33,7 @@ def load_token_file(path: Path, options: CalibrationOptions, architecture: Archi
         raise CalibrationError(f"{path} has rows of {ids.shape[1]} tokens; the model takes 2 to {architecture.context}")
     if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise CalibrationError(f"{path} holds tokens outside the model's vocabulary of {vocabulary}; it was made with another tokenizer")
-    ids = ids.long()
+    ids = ids[: options.num_samples].long()
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
     report = CalibrationReport(source=str(path), num_documents=len(ids), num_tokens=ids.numel(), rows=len(ids), seq_len=ids.shape[1])
     return CalibrationSet(ids, positions, torch.ones_like(ids, dtype=torch.bool), report)

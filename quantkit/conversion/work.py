@@ -78,9 +78,8 @@ class Workplace:
     def read(self, name: str) -> QuantizedTensor:
         """A layer as an earlier run wrote it."""
         scheme = self.plan.layers[name].scheme
-        planned = {t.name for t in self.plan.tensors if t.name.startswith(f"{name}.")}
-        parts = {n.rpartition(".")[2]: self.writer.read(n) for n in planned if n.rpartition(".")[0] == name}
-        return self.plan.format.decode({p: parts[p] for p in self.plan.format.part_names(scheme) if p in parts}, scheme)
+        parts = [part for part in self.plan.format.part_names(scheme) if f"{name}.{part}" in self.plan.planned]
+        return self.plan.format.decode({part: self.writer.read(f"{name}.{part}") for part in parts}, scheme)
 
     def layers_of(self, block: Block) -> list[str]:
         return [linear.name for linear in block.linears if linear.name in self.plan.layers]
@@ -93,21 +92,28 @@ def carry(place: Workplace) -> None:
         if place.ledger.is_done(unit):
             continue
         for name in names:
-            tensor = place.source.get(name)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                raise SourceError(f"{name} holds NaN or infinite values; the source model is damaged")
-            planned = next(t for t in place.plan.tensors if t.name == name)
-            place.writer.add(name, tensor.to(planned.dtype))
+            place.writer.add(name, _as_type(name, place.source.get(name), place.plan.planned[name].dtype))
         place.finish(unit, [], names)
 
 
+def _as_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises SourceError where the tensor holds NaN or infinity, or would once it has the type."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        raise SourceError(f"{name} holds NaN or infinite values; the source model is damaged")
+    cast = tensor.to(dtype)
+    if cast.is_floating_point() and not bool(torch.isfinite(cast.float()).all()):
+        largest = f"{tensor.abs().max():.3g}"
+        raise SourceError(f"{name} holds values up to {largest}, which {str(dtype).removeprefix('torch.')} cannot; use --dtype bfloat16 or auto")
+    return cast
+
+
 def _portions(place: Workplace) -> Iterator[list[str]]:
-    carried, sizes = set(place.plan.carried), {t.name: t.nbytes for t in place.plan.tensors}
+    carried = set(place.plan.carried)
     portion: list[str] = []
     total = 0
     for name in (t.name for t in place.plan.tensors if t.name in carried):
         portion.append(name)
-        total += sizes[name]
+        total += place.plan.planned[name].nbytes
         if total >= _CARRIED_AT_ONCE:
             yield portion
             portion, total = [], 0
