@@ -40,6 +40,7 @@ class Plan:
         left_alone: matrices of the blocks and the head that keep their type, with the reason.
         tensors: every output tensor in the order of the file.
         carried: dense names copied as they are (cast to `dtype` when one is given).
+        turned: those of them that come decoded, [N, K], and are kept as [K, N] by a Conv1D.
     """
 
     format: Format
@@ -52,6 +53,7 @@ class Plan:
     bits_of_layers: int = 0
     weights_of_layers: int = 0
     parameters: int = 0
+    turned: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -102,8 +104,9 @@ def make_plan(source: OpenedCheckpoint, architecture: Architecture, recipe: Reci
     layers, left_alone = _decide(architecture, recipe, source, get_format(format_name))
     fmt = get_format(format_name, (layer.scheme for layer in layers.values()))
     _check_format(fmt, layers)
-    plan = Plan(fmt, layers, left_alone, _ignored_linears(architecture, layers), [], [], source.reader.total_bytes)
+    plan = Plan(fmt, layers, left_alone, _ignored_linears(architecture, layers, source), [], [], source.reader.total_bytes)
     model_dtype = dtype or source.dtype
+    conv1d = {linear.name for block in architecture.blocks for linear in block.linears if linear.is_transposed}
     for name in _in_file_order(source):
         module = name.removesuffix(".weight")
         if module in layers and name.endswith(".weight"):
@@ -112,6 +115,9 @@ def make_plan(source: OpenedCheckpoint, architecture: Architecture, recipe: Reci
             info = source.reader.info(name) if name in source.reader else None
             kept = info.dtype if info is not None else model_dtype
             shape = tuple(info.shape) if info is not None else source.quantized(module).shape
+            if info is None and module in conv1d:
+                shape = shape[::-1]
+                plan.turned.add(name)
             plan.tensors.append(TensorPlan(name, dtype if dtype is not None and kept.is_floating_point else kept, shape))
             plan.carried.append(name)
             plan.parameters += torch.Size(shape).numel()
@@ -132,7 +138,7 @@ def _decide(architecture: Architecture, recipe: Recipe, source: OpenedCheckpoint
         if rule is None or rule.scheme == "none":
             left_alone[linear.name] = "no rule of the recipe names it" if rule is None else f"ignored by {rule.pattern!r}"
         elif linear.is_transposed and not fmt.holds_conv1d:
-            left_alone[linear.name] = f"a Conv1D, which loaders of {fmt.name} do not take"
+            left_alone[linear.name] = f"a Conv1D, which loaders of {fmt.name} do not take, and those of gptq do"
         else:
             layer = _fit(linear, rule, recipe)
             if layer.scheme.is_quantized:
@@ -215,11 +221,11 @@ def _check_format(fmt: Format, layers: dict[str, LayerPlan]) -> None:
         raise FormatError(f"{fmt.name} cannot hold {layers[names[0]].scheme.name} of {_and_more(names)}: {why}")
 
 
-def _ignored_linears(architecture: Architecture, layers: dict[str, LayerPlan]) -> list[str]:
-    """Linears that a loader would otherwise take for quantized, by checkpoint name."""
+def _ignored_linears(architecture: Architecture, layers: dict[str, LayerPlan], source: OpenedCheckpoint) -> list[str]:
+    """Matrices that a loader would otherwise take for quantized, by checkpoint name: some make a Linear of what is none here, such as a router."""
     every = [*architecture.outside, *(linear for block in architecture.blocks for linear in block.linears)]
-    routers = [name for block in architecture.blocks for name, why in block.left_alone.items() if why == "router of experts"]
-    return sorted({linear.name for linear in every if linear.name not in layers} | set(routers))
+    alone = [architecture.find(f"{name}.weight", source) or name for block in architecture.blocks for name in block.left_alone]
+    return sorted({linear.name for linear in every if linear.name not in layers} | {name.removesuffix(".weight") for name in alone})
 
 
 def _in_file_order(source: OpenedCheckpoint) -> list[str]:

@@ -92,7 +92,9 @@ def carry(place: Workplace) -> None:
         if place.ledger.is_done(unit):
             continue
         for name in names:
-            place.writer.add(name, _as_type(name, place.source.get(name), place.plan.planned[name].dtype))
+            tensor = place.source.get(name)
+            tensor = tensor.T if name in place.plan.turned else tensor
+            place.writer.add(name, _as_type(name, tensor, place.plan.planned[name].dtype))
         place.finish(unit, [], names)
 
 

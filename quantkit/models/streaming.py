@@ -65,11 +65,11 @@ class BlockRunner:
         model.tie_weights()
 
     def unload_outside(self) -> None:
+        """Take the two large ones, token embedding and head, away again. Every block's forward goes through the rest, such as learned positions."""
         model = self.architecture.model
-        inside = tuple(f"{block.path}." for block in self.architecture.blocks)
-        for name, _ in list(model.named_parameters()):
-            if not name.startswith(inside):
-                set_module_tensor_to_device(model, name, "meta")
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for name, _ in list(module.named_parameters()) if module is not None else []:
+                set_module_tensor_to_device(module, name, "meta")
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Hidden states [B, T, H] that enter the first block. Needs `load_outside`."""
@@ -167,8 +167,8 @@ class BlockRunner:
             raise SourceError(f"the checkpoint has no tensor for {path} {list(parameter.shape)}")
         value = weights.get(found)
         owner = module.get_submodule(name.rpartition(".")[0])
-        if value.shape != parameter.shape and isinstance(owner, Conv1D) and value.T.shape == parameter.shape:
-            value = value.T.contiguous()
+        if isinstance(owner, Conv1D) and found.removesuffix(".weight") in getattr(weights, "schemes", ()):
+            value = value.T.contiguous()  # decoded linears are [N, K]
         if value.shape != parameter.shape:
             raise SourceError(f"{found} is {list(value.shape)} in the checkpoint; the config's model wants {list(parameter.shape)}")
         dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
