@@ -15,7 +15,7 @@ class CalibrationOptions:
     """Which documents, and how many tokens of them.
 
     Attributes:
-        source: None for the built-in mix; else a .txt, .md, .jsonl, .json, .parquet or .csv file (text kinds also .gz), a folder of such
+        source: None for the built-in mix; else a .txt, .md, .raw, .jsonl, .json, .parquet or .csv file (all but parquet also .gz), a folder of such
             files, or a data set "org/name[:config][:split]" or a short name such as "wikitext".
         num_samples: Rows wanted. Fewer are made, and reported, when the data has fewer.
         seq_len: Tokens a row; None for 2048 or the model's context, whichever is smaller.

@@ -41,7 +41,7 @@ def read_records(path: Path, budget: Budget, rng: random.Random) -> Iterator[Rec
     """The records of one file. Raises CalibrationError for a kind that is not known."""
     kind = file_kind(path)
     if kind is None:
-        raise CalibrationError(f"{path}: unknown kind of calibration file; known: {', '.join(sorted(READERS))} (text kinds also with .gz)")
+        raise CalibrationError(f"{path}: unknown kind of calibration file; known: {', '.join(sorted(READERS))} (all but parquet also with .gz)")
     return _or_bad_gzip(path, READERS[kind](path, budget, rng))
 
 

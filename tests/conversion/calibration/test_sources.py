@@ -45,6 +45,7 @@ KINDS = {
     "d.parquet": lambda path: write_parquet(path, TEXTS),
     "d.csv": write_csv,
     "d.txt": lambda path: path.write_text("<|endoftext|>".join(TEXTS), encoding="utf-8"),
+    "d.raw": lambda path: path.write_text("<|endoftext|>".join(TEXTS), encoding="utf-8"),
     "bom.txt": lambda path: path.write_text("\ufeff" + "<|endoftext|>".join(TEXTS), encoding="utf-8"),
 }
 
