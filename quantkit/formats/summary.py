@@ -111,9 +111,9 @@ def summarize(path: Path) -> Summary:
         return _of_gguf(path, files)
     try:
         opened = OpenedCheckpoint(path)
-    except (FormatError, RecipeError) as error:
+    except FormatError as error:
         return _of_undecoded(CheckpointReader(path), str(error))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # another tool's configuration may lack, or be, anything
+    except (RecipeError, KeyError, TypeError, AttributeError, ValueError) as error:  # another tool's configuration may lack, or be, anything
         return _of_undecoded(CheckpointReader(path), f"its quantization_config is not understood ({type(error).__name__}: {error})")
     return _of_opened(opened)
 

@@ -1,0 +1,204 @@
+"""The whole of `quantkit verify`: is this checkpoint whole, consistent and what its original became?
+
+Every check is made even where an earlier one failed, as long as it can be; a checkpoint that cannot be opened has one failed check that says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit.checkpoint.side_files import side_files
+from quantkit.checkpoint.source import resolve
+from quantkit.conversion.calibration import CalibrationOptions, load_calibration
+from quantkit.conversion.verification import Verification
+from quantkit.conversion.verify_structure import config_problems, missing_parameters, unknown_tensors, wrong_parts
+from quantkit.conversion.verify_values import examine_layers, unlike_tensors
+from quantkit.core.divergence import DivergenceResult
+from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageError
+from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.streamed import streamed, transposed_layers
+from quantkit.models.architecture import Architecture, describe, load_config
+from quantkit.models.compare import Progress, TokenRows, compare
+from quantkit.models.tokenizer import has_tokenizer, load_tokenizer
+
+_ROW = 512
+_VALUE_CHECKS = {
+    "decoding": "every layer decodes",
+    "codes": "in range",
+    "scales": "finite and not zero",
+    "zero points": "in range",
+    "groups": "in order",
+}
+_OWN_FILES = ("README.md", "recipe.yaml", "quantkit_report.json", "quant_log.csv")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """How much to look at.
+
+    Attributes:
+        num_tokens: tokens for the KL divergence from the original; 0 leaves it out.
+        text: what the tokens are of: a file, folder or data set as for calibration; None for the built-in mix.
+        device: "auto" takes a GPU where there is one.
+    """
+
+    num_tokens: int = 4096
+    text: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 0:
+            raise UsageError(f"num_tokens is {self.num_tokens}; it is 0 or more")
+
+
+def verify(out: str | Path, *, against: str | None = None, options: VerifyOptions | None = None, progress: Progress | None = None) -> Verification:
+    """Check a checkpoint, quantized by whom it may be, and compare it with its original if that is given.
+
+    Args:
+        against: the original: folder, Hub id or "reference".
+        progress: told of the layers decoded, and of the blocks streamed.
+
+    Raises:
+        SourceError: there is no such model at all, or the original cannot be opened. What is wrong with the checkpoint itself is in the result.
+    """
+    options = options or VerifyOptions()
+    folder = resolve(str(out)).folder
+    source = OpenedCheckpoint(resolve(against).folder) if against else None
+    result = Verification(str(out), against)
+    opened, architecture = _open(folder, result, options)
+    if opened is None:
+        return result
+    if architecture is not None:
+        _check_structure(opened, source, architecture, result)
+    _check_values(opened, source, architecture, result, progress)
+    if source is not None:
+        _check_against(opened, source, result)
+    _check_tokenizer(folder, source, result, options)
+    if source is not None and architecture is not None and options.num_tokens:
+        _check_divergence(opened, source, architecture, result, options, progress)
+    return result
+
+
+def _open(folder: Path, result: Verification, options: VerifyOptions) -> tuple[OpenedCheckpoint | None, Architecture | None]:
+    try:
+        opened = OpenedCheckpoint(folder)
+    except (RecipeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        result.add("files", [f"the quantization_config is not understood ({type(error).__name__}: {error})"], "")
+        return None, None
+    except QuantkitError as error:
+        result.add("files", [str(error)], "")
+        return None, None
+    result.add("files", [], f"{len(opened.reader.names)} tensors, {opened.reader.total_bytes:,} bytes in {len(opened.reader.files)} files, all whole")
+    try:
+        return opened, describe(load_config(folder, trust_remote_code=options.trust_remote_code), opened, trust_remote_code=options.trust_remote_code)
+    except QuantkitError as error:
+        result.add("architecture", [str(error)], "")
+        return opened, None
+
+
+def _check_structure(opened: OpenedCheckpoint, source: OpenedCheckpoint | None, architecture: Architecture, result: Verification) -> None:
+    result.add("architecture", missing_parameters(opened, architecture), f"every parameter of {type(architecture.model).__name__} is there")
+    unknown = [name for name in unknown_tensors(opened, architecture) if source is None or name not in source]
+    words = f"{len(unknown)} that the model has no place for: {', '.join(unknown[:3])}" if unknown else "no tensor too many"
+    result.add("extra tensors", [f"{name} is neither in the model nor in the original" for name in unknown] if source else [], words)
+    num_parts = sum(len(opened.parts(module)) for module in opened.schemes)
+    result.add("layer tensors", wrong_parts(opened), f"{num_parts} tensors of {len(opened.schemes)} quantized layers have their types and shapes")
+    result.add("config", config_problems(opened, architecture), _config_words(opened))
+
+
+def _config_words(opened: OpenedCheckpoint) -> str:
+    schemes = ", ".join(sorted({scheme.name for scheme in opened.schemes.values()}))
+    return f"agrees with the tensors: {opened.format.name}, {schemes}" if opened.format else "the model is not quantized"
+
+
+def _check_values(
+    opened: OpenedCheckpoint, source: OpenedCheckpoint | None, architecture: Architecture | None, result: Verification, progress: Progress | None
+) -> None:
+    told = (lambda done, total: progress("decoding layers", done, total)) if progress else None
+    findings = examine_layers(opened, source, transposed_layers(architecture) if architecture else set(), told)
+    for name, words in _VALUE_CHECKS.items():
+        if opened.schemes:
+            result.add(name, findings.problems[name], words)
+    result.layer_errors = findings.errors
+    if source is not None and (findings.errors or findings.problems["errors"]):
+        result.add("layer errors", findings.problems["errors"], _error_words(findings.errors))
+
+
+def _error_words(errors: dict[str, float]) -> str:
+    worst = max(errors, key=lambda name: errors[name])
+    return f"||W - Q||² / ||W||² is {sum(errors.values()) / len(errors):.3g} on average, {errors[worst]:.3g} at worst ({worst})"
+
+
+def _check_against(opened: OpenedCheckpoint, source: OpenedCheckpoint, result: Verification) -> None:
+    absent = [f"{name} of the original is missing" for name in source.names if name not in opened]
+    result.add("original's tensors", absent, f"all {len(source.names)} are there, as they were or quantized")
+    unlike, num_equal = unlike_tensors(opened, source)
+    if unlike and all("norm" in problem.split()[0] for problem in unlike):
+        unlike.insert(0, "only norms differ, as after AWQ or SmoothQuant, which fold scales into them; layer errors then say nothing, and KL does")
+    result.add("unquantized tensors", unlike, f"{num_equal} equal the original's bit for bit")
+    files = [path for path in side_files(source.reader.folder, exclude=_OWN_FILES) if not (opened.reader.folder / path).is_file()]
+    result.add("side files", [f"{path} of the original is missing" for path in files], "all of the original's are there")
+
+
+def _check_tokenizer(folder: Path, source: OpenedCheckpoint | None, result: Verification, options: VerifyOptions) -> None:
+    if not has_tokenizer(folder):
+        needed = source is not None and has_tokenizer(source.reader.folder)
+        result.add("tokenizer", ["there is none, and the original has one"] if needed else [], "there is none")
+        return
+    try:
+        size = len(load_tokenizer(folder, trust_remote_code=options.trust_remote_code))
+    except QuantkitError as error:
+        result.add("tokenizer", [str(error)], "")
+    else:
+        result.add("tokenizer", [], f"loads, {size} tokens")
+
+
+def _check_divergence(
+    opened: OpenedCheckpoint,
+    source: OpenedCheckpoint,
+    architecture: Architecture,
+    result: Verification,
+    options: VerifyOptions,
+    progress: Progress | None,
+) -> None:
+    """KL divergence from the original; it fails where a model gives NaN or cannot be run, and is left out, said so, without a tokenizer."""
+    try:
+        rows = _rows(source, architecture, options)
+    except QuantkitError as error:
+        if options.text is not None:
+            raise
+        result.add("KL divergence", [], f"not measured: {error}")
+        return
+    try:
+        result.divergence = _compare(opened, source, architecture, rows, options, progress)
+    except (QuantkitError, RuntimeError) as error:
+        result.add("KL divergence", [str(error).splitlines()[0]], "")
+        return
+    d = result.divergence
+    words = f"{d.kl_mean:.5f} ± {d.kl_se:.5f} nats over {d.num_tokens} tokens, same top token {100 * d.top1:.2f}%, "
+    result.add("KL divergence", [], words + f"perplexity {d.ppl_baseline:.4f} -> {d.ppl_quantized:.4f}")
+
+
+def _rows(source: OpenedCheckpoint, architecture: Architecture, options: VerifyOptions) -> TokenRows:
+    tokenizer = load_tokenizer(source.reader.folder, trust_remote_code=options.trust_remote_code)
+    seq_len = min(_ROW, architecture.context)
+    wanted = CalibrationOptions(source=options.text, num_samples=-(-options.num_tokens // seq_len), seq_len=seq_len)
+    texts = load_calibration(wanted, tokenizer, context=architecture.context)
+    if int(texts.input_ids.max()) >= int(architecture.config.get_text_config().vocab_size):
+        raise CheckpointError("the tokenizer has more tokens than the model's vocabulary")
+    return TokenRows.of_texts(texts.input_ids, texts.position_ids, texts.valid)
+
+
+def _compare(
+    opened: OpenedCheckpoint, source: OpenedCheckpoint, architecture: Architecture, rows: TokenRows, options: VerifyOptions, progress: Progress | None
+) -> DivergenceResult:
+    config = load_config(source.reader.folder, trust_remote_code=options.trust_remote_code)
+    original = describe(config, source, trust_remote_code=options.trust_remote_code)
+    baseline = streamed(source, original, "the original model")
+    quantized = streamed(opened, architecture, "the quantized model")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    return compare(baseline, quantized, rows, device=device, progress=progress)

@@ -1,0 +1,153 @@
+"""Is everything there, of the right shape, and does the configuration say what is stored? Functions that list problems; headers only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.base import plan_shapes
+from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.stored_layers import stored_shape
+from quantkit.models.architecture import Architecture
+
+_OPTIONAL_PARTS = {"g_idx", "weight_g_idx", "input_scale"}
+
+
+def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
+    """Parameters of the model that the checkpoint lacks, or holds in another shape."""
+    problems = []
+    for path, parameter in architecture.model.named_parameters():
+        found = architecture.find(path, opened)
+        if found is None:
+            if path not in _tied(architecture):
+                problems.append(f"no tensor for {path} {list(parameter.shape)}")
+            continue
+        shape, wanted = _shape(opened, found), tuple(parameter.shape)
+        owner = architecture.model.get_submodule(path.rpartition(".")[0])
+        if shape is not None and shape != wanted and not (isinstance(owner, Conv1D) and shape == wanted[::-1]):
+            problems.append(f"{found} is {list(shape)}; the model wants {list(wanted)}")
+    return problems
+
+
+def unknown_tensors(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
+    """Tensors stored as they are that the model has no place for."""
+    places = [*architecture.model.named_parameters(), *architecture.model.named_buffers()]
+    known = {architecture.find(path, opened) for path, _ in places}
+    return [name for name in opened.dense_names if name not in known]
+
+
+def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
+    """Parts of quantized layers that are absent, or not of the type and shape their scheme calls for."""
+    if opened.format is None:
+        return []
+    problems = []
+    for module, scheme in opened.schemes.items():
+        try:
+            planned = plan_shapes(opened.format, scheme, stored_shape(opened, module), opened.dtype)
+        except QuantkitError as error:
+            problems.append(str(error))
+            continue
+        for part, (dtype, shape) in planned.items():
+            name = f"{module}.{part}"
+            if name not in opened.reader:
+                problems += [] if part in _OPTIONAL_PARTS else [f"{name} is missing"]
+                continue
+            info = opened.reader.info(name)
+            right_type = info.dtype.is_floating_point if dtype.is_floating_point else info.dtype == dtype
+            if not right_type or not _same_shape(info.shape, shape):
+                problems.append(f"{name} is {info.dtype} {list(info.shape)}; {scheme.name} wants {dtype} {list(shape)}".replace("torch.", ""))
+    return problems
+
+
+def config_problems(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
+    """Where the quantization_config and the tensors contradict each other."""
+    config = opened.reader.quantization_config
+    if opened.format is None or config is None:
+        return []
+    if not opened.schemes:
+        return ["the config says the model is quantized, and no layer is"]
+    check = _compressed_tensors_problems if config["quant_method"] == "compressed-tensors" else _gptq_problems
+    return list(check(config, opened, architecture))
+
+
+def _compressed_tensors_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architecture: Architecture) -> Iterator[str]:
+    targets = [target for group in config["config_groups"].values() for target in group.get("targets", ())]
+    ignored = list(config.get("ignore") or ())
+    linears = _linear_names(architecture)
+    modules = {name for name, _ in architecture.model.named_modules()} | linears | {name.rpartition(".")[0] for name in opened.dense_names}
+    for target in targets:
+        if target not in ("Linear", *opened.schemes) and not _matches_any(target, opened.schemes):
+            yield f"config_groups targets {target!r}, and no quantized layer has that name"
+    for name in ignored:
+        if name != "Linear" and name not in modules and not _matches_any(name, modules):
+            yield f"ignore lists {name!r}, and the model has no such layer"
+    for name in sorted(linears - opened.schemes.keys()):
+        is_target = "Linear" in targets or any(_matches(target, name) for target in targets)
+        if is_target and not any(_matches(pattern, name) for pattern in ignored):
+            yield f"{name} is not quantized, and neither is it in ignore: engines would look for its codes"
+    for name in sorted(opened.schemes.keys()):
+        if any(_matches(pattern, name) for pattern in ignored):
+            yield f"{name} is quantized, and it is in ignore: engines would look for its weight"
+
+
+def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architecture: Architecture) -> Iterator[str]:
+    for key in ("bits", "group_size", "desc_act", "sym"):
+        if key not in config:
+            yield f"the config lacks {key!r}"
+    path = opened.reader.folder / "quantize_config.json"
+    if path.is_file():
+        own = json.loads(path.read_bytes())
+        unlike = [key for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic") if own.get(key) != config.get(key)]
+        if unlike:
+            yield f"quantize_config.json and config.json differ in {', '.join(unlike)}"
+    linears = _linear_names(architecture)
+    dynamic = config.get("dynamic") or {}
+    for pattern in dynamic:
+        if not any(re.match(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, name) for name in linears):
+            yield f"dynamic has {pattern!r}, which matches no layer"
+    skipped = [pattern[2:] for pattern in dynamic if pattern.startswith("-:")]
+    outside = {linear.name for linear in architecture.outside}
+    for name in sorted(linears - opened.schemes.keys() - outside):
+        if not any(re.match(pattern, name) for pattern in skipped):
+            yield f"{name} is not quantized, and dynamic does not skip it: engines would look for its codes"
+
+
+def _linear_names(architecture: Architecture) -> set[str]:
+    return {linear.name for block in architecture.blocks for linear in block.linears} | {linear.name for linear in architecture.outside}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else pattern in (name, "Linear")
+
+
+def _matches_any(pattern: str, names: Mapping[str, Any] | set[str]) -> bool:
+    return pattern.startswith("re:") and any(re.match(pattern[3:], name) for name in names)
+
+
+def _shape(opened: OpenedCheckpoint, name: str) -> tuple[int, ...] | None:
+    """The dense shape of a tensor; None where it cannot be told, which another check reports."""
+    module = name.removesuffix(".weight")
+    if module not in opened.schemes:
+        return opened.reader.info(name).shape
+    try:
+        return stored_shape(opened, module)
+    except QuantkitError:
+        return None
+
+
+def _same_shape(found: torch.Size | tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """A scale a row may be [N] or [N, 1]; packed words may be in an older, longer layout."""
+    if tuple(found) == wanted or (len(wanted) == 2 and wanted[1] == 1 and tuple(found) == wanted[:1]):
+        return True
+    return len(found) == len(wanted) == 2 and found[0] == wanted[0] and found[1] > wanted[1] and wanted[1] > 1
+
+
+def _tied(architecture: Architecture) -> set[str]:
+    keys = getattr(architecture.model, "_tied_weights_keys", None) or {}
+    return set(keys) if getattr(architecture.config.get_text_config(), "tie_word_embeddings", False) else set()
