@@ -25,6 +25,9 @@ from quantkit.models.compare import Progress, TokenRows, compare
 from quantkit.models.tokenizer import has_tokenizer, load_tokenizer
 
 _ROW = 512
+_SPREAD = 16
+"""Rows that are laid out for each row that is measured: one long document would fill a few rows alone."""
+
 _VALUE_CHECKS = {
     "decoding": "every layer decodes",
     "codes": "in range",
@@ -186,11 +189,13 @@ def _check_divergence(
 def _rows(source: OpenedCheckpoint, architecture: Architecture, options: VerifyOptions) -> TokenRows:
     tokenizer = load_tokenizer(source.reader.folder, trust_remote_code=options.trust_remote_code)
     seq_len = min(_ROW, architecture.context)
-    wanted = CalibrationOptions(source=options.text, num_samples=-(-options.num_tokens // seq_len), seq_len=seq_len)
+    num_rows = -(-options.num_tokens // seq_len)
+    wanted = CalibrationOptions(source=options.text, num_samples=num_rows * _SPREAD, seq_len=seq_len)
     texts = load_calibration(wanted, tokenizer, context=architecture.context)
     if int(texts.input_ids.max()) >= int(architecture.config.get_text_config().vocab_size):
         raise CheckpointError("the tokenizer has more tokens than the model's vocabulary")
-    return TokenRows.of_texts(texts.input_ids, texts.position_ids, texts.valid)
+    step = max(1, len(texts.input_ids) // num_rows)
+    return TokenRows.of_texts(*(rows[::step][:num_rows] for rows in (texts.input_ids, texts.position_ids, texts.valid)))
 
 
 def _compare(
