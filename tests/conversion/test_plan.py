@@ -1,0 +1,142 @@
+"""What a conversion will do is known from headers: schemes by the group rule, types and sizes of every tensor, what stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from quantkit.conversion.convert import ConvertOptions, convert, plan_conversion
+from quantkit.conversion.plan import Plan
+from quantkit.errors import RecipeError
+from tests.conversion.conftest import save_tiny
+from tests.models.test_streaming import FAMILIES, save_random
+
+
+def planned(source: Path, recipe: str = "w4a16-rtn", **options) -> Plan:
+    return plan_conversion(str(source), ConvertOptions(recipe=recipe, **options)).plan
+
+
+def schemes(plan: Plan) -> dict[str, str]:
+    """Scheme by the last word of a layer's name, for the first block."""
+    return {name.rpartition(".")[2]: layer.scheme.name for name, layer in plan.layers.items() if ".0." in name}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inter", "qkv", "down"),
+    [(256, 384, "w4a16", "w4a16"), (64, 192, "w4a16-g64", "w4a16-g64"), (96, 160, "w4a16-g32", "w4a16-g32"), (64, 172, "w4a16-g64", "w8a16-channel")],
+)
+def test_a_recipe_s_group_falls_layer_by_layer_to_the_largest_that_divides(hidden: int, inter: int, qkv: str, down: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m", hidden_size=hidden, intermediate_size=inter)
+
+    plan = planned(source)
+
+    assert (schemes(plan)["q_proj"], schemes(plan)["down_proj"]) == (qkv, down)
+    note = plan.layers["model.layers.0.mlp.down_proj"].note
+    assert (note is None) == (down == "w4a16") and (note is None or down in note)
+
+
+def test_the_recipe_states_the_fallback(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m", intermediate_size=172)
+    (tmp_path / "mine.yaml").write_text("name: mine\nfallback: w6a16-channel\nrules: [{pattern: .*, scheme: w4a16, rounding: rtn}]")
+    (tmp_path / "none.yaml").write_text("name: mine\nfallback: none\nrules: [{pattern: .*, scheme: w4a16, rounding: rtn}]")
+
+    assert schemes(planned(source, str(tmp_path / "mine.yaml")))["down_proj"] == "w6a16-channel"
+    plan = planned(source, str(tmp_path / "none.yaml"))
+    assert "down_proj" not in schemes(plan) and "172 columns" in plan.left_alone["model.layers.0.mlp.down_proj"]
+
+
+def test_a_group_of_the_user_s_is_taken_as_it_is(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m", intermediate_size=172)
+
+    assert set(schemes(planned(source, group_size=-1)).values()) == {"w4a16-channel"}
+    mixed = schemes(planned(source, group_size=16, overrides=("down_proj=w8a16-channel",)))
+    assert (mixed["q_proj"], mixed["down_proj"]) == ("w4a16-g16", "w8a16-channel")
+
+
+def test_the_mixed_recipe_gives_eight_bits_to_down_projections(tiny: Path) -> None:
+    found = schemes(planned(tiny, "w4a16-mixed-gptq"))
+
+    assert found["down_proj"] == "w8a16" and found["up_proj"] == "w4a16-g64"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+def test_every_tensor_is_written_as_planned(format_name: str, stored: torch.dtype, dtype: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m", dtype=stored, num_hidden_layers=1)
+    options = ConvertOptions(recipe="w4a16-rtn", format=format_name, dtype=dtype)
+    plan = plan_conversion(str(source), options).plan
+
+    report = convert(str(source), tmp_path / "out", options)
+
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        written = {name: (file.get_tensor(name).dtype, tuple(file.get_tensor(name).shape)) for name in file.keys()}  # noqa: SIM118
+    assert written == {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
+    carried = {name: kind for name, (kind, _) in written.items() if name in plan.carried}
+    assert set(carried.values()) == {stored if dtype == "auto" else getattr(torch, dtype)}
+    assert report.bytes_after == sum(torch.Size(shape).numel() * kind.itemsize for kind, shape in written.values())
+
+
+def test_bits_per_weight_count_everything_that_is_stored(tiny: Path) -> None:
+    plan = planned(tiny)
+
+    weights = sum(layer.linear.shape[0] * layer.linear.shape[1] for layer in plan.layers.values())
+    stored = sum(tensor.nbytes for tensor in plan.tensors if tensor.name not in plan.carried)
+    assert plan.linear_bpw == 8 * stored / weights
+    assert 4 + 16 / 128 < plan.linear_bpw < 4.4
+    parameters = weights + 2 * 96 * 64 + 5 * 64
+    assert plan.parameters == parameters and plan.file_bpw == 8 * plan.bytes_after / parameters
+
+
+def test_layers_no_rule_names_are_left_alone_and_said_so(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\nrules: [{pattern: up_proj, scheme: w4a16, rounding: rtn}]")
+
+    plan = planned(tiny, str(tmp_path / "mine.yaml"), ignore=(r"layers\.0",))
+
+    assert list(plan.layers) == ["model.layers.1.mlp.up_proj"]
+    assert plan.left_alone["model.layers.1.mlp.down_proj"] == "no rule of the recipe names it"
+    assert plan.left_alone["model.layers.0.mlp.up_proj"] == r"ignored by 'layers\\.0'"
+    assert plan.left_alone["lm_head"] == "outside the decoder blocks"
+    assert {"lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"} <= set(plan.ignored)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+def test_every_family_is_planned(family: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path)
+
+    plan = planned(tmp_path, "w4a16-gptq", group_size=-1)
+
+    blocks = {name.split(".")[i + 1] for name in plan.layers for i, part in enumerate(name.split(".")) if part in ("layers", "h")}
+    assert blocks == {"0", "1", "2"}
+    assert not any("embed" in name or "wte" in name for name in plan.layers)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_experts_are_planned_one_by_one_and_routers_are_left_alone(family: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path)
+
+    plan = planned(tmp_path)
+
+    assert sum(".experts.3." in name for name in plan.layers) == 3 * 3
+    routers = {name: why for name, why in plan.left_alone.items() if name.endswith(".gate")}
+    assert len(routers) == 3 and all("outer" in why for why in routers.values())
+    assert sum(name.endswith(".gate") for name in plan.ignored) == 3
+    assert not any(name.endswith(".gate") for name in plan.layers)
+
+
+def test_compressed_tensors_leaves_a_conv1d_alone_and_gptq_takes_it(tmp_path: Path) -> None:
+    save_random("gpt2", tmp_path)
+
+    with pytest.raises(RecipeError, match=r"leaves nothing to quantize: .*c_attn and 11 more: a Conv1D, .* those of gptq do"):
+        planned(tmp_path, group_size=-1)
+    plan = planned(tmp_path, group_size=-1, format="gptq")
+    assert plan.layers["transformer.h.0.attn.c_attn"].linear.shape == (96, 32)
+
+
+def test_a_plan_reads_no_weights(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.checkpoint.reader.CheckpointReader.get", None)
+
+    assert len(planned(tiny, "w4a16-gptq").layers) == 14
