@@ -98,15 +98,14 @@ class Rows:
 
 
 def pack(documents: Iterable[Sequence[int]], prefix: list[int], num_rows: int, seq_len: int) -> Rows:
-    """Rows filled to the last token; a last row that stays unfilled is left out."""
+    """Rows filled to the last token; a last row that stays unfilled is left out. No document gives a second row's worth before all gave one."""
     rows = Rows()
     row: list[int] = []
     pieces: list[int] = []
     in_row = 0
-    for document in documents:
-        in_row += 1
-        rest = document
-        rows.num_seen += len(prefix) + len(rest)
+    for rest, is_new in in_turn(documents, max(1, seq_len - len(prefix))):
+        in_row += is_new
+        rows.num_seen += len(rest) + (len(prefix) if is_new else 0)
         while rest and len(rows.ids) < num_rows:
             piece = [*prefix, *rest[: max(seq_len - len(row) - len(prefix), 0)]][: seq_len - len(row)]
             rest = rest[max(len(piece) - len(prefix), 0) :]
@@ -126,6 +125,23 @@ def pack(documents: Iterable[Sequence[int]], prefix: list[int], num_rows: int, s
             break
     rows.num_cut += len(row)
     return rows
+
+
+def in_turn(documents: Iterable[Sequence[int]], size: int) -> Iterator[tuple[Sequence[int], bool]]:
+    """The first `size` tokens of every document, then the next of those that have more, and so on; and whether the document is new.
+
+    So a few rows see many documents, and a single long document is still used to its end.
+    """
+    is_new, waiting = True, documents
+    while True:
+        longer = []
+        for document in waiting:
+            yield document[:size], is_new
+            if len(document) > size:
+                longer.append(document[size:])
+        if not longer:
+            return
+        is_new, waiting = False, longer
 
 
 def pad(documents: Iterable[Sequence[int]], prefix: list[int], num_rows: int, seq_len: int) -> Rows:
