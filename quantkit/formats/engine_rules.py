@@ -65,6 +65,11 @@ def one_width(stored: Stored) -> str | None:
     return f"reads one bit width a model, and here are {_listed(widths)}" if len(widths) > 1 else None
 
 
+def one_scheme(stored: Stored) -> str | None:
+    names = sorted({layer.scheme.name for layer in stored.layers})
+    return f"takes every layer for the main scheme, and here are {_listed(names)}" if len(names) > 1 else None
+
+
 def symmetric(stored: Stored) -> str | None:
     asymmetric = [layer.name for layer in stored.layers if layer.scheme.weight and not layer.scheme.weight.symmetric]
     return f"reads symmetric weights only; {_some(asymmetric)} asymmetric" if asymmetric else None

@@ -101,7 +101,7 @@ ENGINES = (
         "5.23",
         {
             "plain": (),
-            "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.damping_in_range),
+            "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.damping_in_range, r.one_scheme),
             "ct-packed": (r.dense_packing, r.asymmetric_packed),
             **dict.fromkeys(("ct-int8", "ct-fp8", "ct-fp4", "awq", "fp8", "bitsandbytes", "gguf"), ()),
             "modelopt": "does not know this quant_method",

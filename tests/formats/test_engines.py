@@ -48,6 +48,7 @@ LOADS = [
     ("transformers", stored("gptq", "w4a16"), True, "gptqmodel"),
     ("transformers", stored("gptq", "w4a16-channel", shape=(64, 172)), False, "172 -> 64"),
     ("transformers", stored("gptq", "w4a16", config={"damp_percent": 0}), False, "damp_percent"),
+    ("transformers", stored("gptq", "w4a16", "w4a16", "w4a16", "w8a16"), False, "w4a16 and w8a16"),
     ("TGI", stored("compressed-tensors", "w8a8-int8"), False, "packed integers and FP8"),
     ("llama.cpp", stored("gptq", "w3a16"), False, "2, 4 and 8 bits"),
     ("llama.cpp", stored("gptq", "w4a16", "w4a16", "w4a16", "w8a16"), False, "one bit width"),
