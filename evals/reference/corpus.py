@@ -66,14 +66,25 @@ def _documents(text: str, size: int = 1500) -> list[str]:
 def chats(folder: Path) -> list[str]:
     """Short prompts and responses, in the form of the chat template."""
     rows = [json.loads(line) for path in sorted(folder.rglob(CHATS)) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [f"<|user|>{r['prompt']}<|end|><|assistant|>{r['response'][:1200]}<|end|>" for r in rows if len(r["prompt"]) < 400 and r["prompt"].isascii()]
+    return [
+        f"<|user|>{r['prompt']}<|end|><|assistant|>{r['response'][:1200]}<|end|>" for r in rows if len(r["prompt"]) < 400 and r["prompt"].isascii()
+    ]
 
 
 class Stream:
     """Endless packed rows. Kinds are drawn so that their shares hold in tokens, whatever the length of their documents."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: Path | None, mixture: Mixture, *, context: int, seed: int, aids: float,
-                 subjects: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        folder: Path | None,
+        mixture: Mixture,
+        *,
+        context: int,
+        seed: int,
+        aids: float,
+        subjects: tuple[str, ...] = (),
+    ) -> None:
         self.tokenizer, self.mixture, self.context = tokenizer, mixture, context
         self.rng = random.Random(seed)
         self.kinds: dict[str, Callable[[], list[Piece]]] = {
@@ -102,6 +113,7 @@ class Stream:
             if not waiting:
                 waiting.extend(self.rng.sample(found, len(found)))
             return [Piece(waiting.pop(), 1.0)]
+
         return draw
 
     def _append_document(self) -> None:
@@ -111,11 +123,11 @@ class Stream:
         encoded = self._encode(piece.text for piece in pieces)
         ids = [self.tokenizer.bos_token_id, *(i for part in encoded for i in part), self.tokenizer.eos_token_id]
         self.ids += ids
-        self.weights += [0.0, *(p.weight for p, part in zip(pieces, encoded) for _ in part), 0.3]
+        self.weights += [0.0, *(p.weight for p, part in zip(pieces, encoded, strict=True) for _ in part), 0.3]
         self.drawn[kind] += len(ids)
 
     def _encode(self, parts: Iterable[str]) -> list[list[int]]:
-        return self.tokenizer(list(parts), add_special_tokens=False)["input_ids"]
+        return self.tokenizer(list(parts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def batch(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and loss weights, both [rows, context + 1]."""

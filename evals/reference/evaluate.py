@@ -1,6 +1,6 @@
 """Score a model on the shipped splits. Run from the repository's root:
 
-    python -m evals.reference.evaluate evals/reference/model [--problems 500] [--questions 1000] [--write scores.json]
+python -m evals.reference.evaluate evals/reference/model [--problems 500] [--questions 1000] [--write scores.json]
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def questions(stem: str) -> list[Question]:
     return [Question(**{**row, "choices": tuple(row["choices"])}) for row in splits.load(stem)]
 
 
-def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_problems: int, num_questions: int,
-          texts: dict[str, str]) -> dict[str, object]:
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_problems: int, num_questions: int, texts: dict[str, str]
+) -> dict[str, object]:
     """Every score of the README, on the first items of each split; texts: name to further text whose perplexity is wanted."""
     scores: dict[str, object] = {}
     asked, examples = problems("word_problems")[:num_problems], problems("word_problems_fewshot")

@@ -1,4 +1,7 @@
-"""Muon (Jordan et al. 2024): momentum orthogonalized by Newton-Schulz, batched over matrices of one shape."""
+"""Muon (Jordan et al. 2024): momentum orthogonalized by Newton-Schulz, batched over matrices of one shape.
+
+Its steps have one size whatever the gradient, so without weight decay the matrices only grow and learning slows to a halt.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -18,8 +21,8 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 directions = orthogonalize(torch.stack([self._direction(p, group["momentum"]) for p in params]))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, direction in zip(params, directions):
-                    p.add_(direction.to(p.dtype), alpha=-group["lr"] * scale)
+                for p, direction in zip(params, directions, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-group["lr"] * scale)
 
     def _direction(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
         buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))

@@ -18,8 +18,9 @@ def _padded(rows: list[list[int]], pad: int, device: torch.device) -> torch.Tens
 
 
 @torch.no_grad()
-def question_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[Question], *, examples: list[Question],
-                      shots: int, batch: int = 16) -> tuple[float, dict[str, float]]:
+def question_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[Question], *, examples: list[Question], shots: int, batch: int = 16
+) -> tuple[float, dict[str, float]]:
     """Share of items whose right letter is the likeliest of four after `Answer:`, overall and by subject; examples are of the item's subject."""
     letters = [tokenizer.encode(f" {letter}", add_special_tokens=False)[0] for letter in LETTERS]
     hits: dict[str, list[bool]] = defaultdict(list)
@@ -30,7 +31,7 @@ def question_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         hidden = model.model(_padded(rows, tokenizer.pad_token_id, model.device), use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
         best = model.lm_head(last)[:, letters].argmax(-1).tolist()
-        for item, choice in zip(part, best):
+        for item, choice in zip(part, best, strict=True):
             hits[item.subject].append(choice == item.answer)
     every = [hit for group in hits.values() for hit in group]
     return sum(every) / len(every), {subject: sum(group) / len(group) for subject, group in sorted(hits.items())}
@@ -42,8 +43,9 @@ def _question_prompt(item: Question, examples: list[Question], shots: int) -> st
 
 
 @torch.no_grad()
-def problem_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[WordProblem], *, examples: list[WordProblem],
-                     shots: int, batch: int = 16) -> float:
+def problem_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[WordProblem], *, examples: list[WordProblem], shots: int, batch: int = 16
+) -> float:
     """Share of items whose number after `####` is right, by greedy decoding behind `shots` worked examples."""
     right = 0
     for start in range(0, len(items), batch):
@@ -51,7 +53,7 @@ def problem_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         prompts = ["\n\n".join([*(format_problem(e) for e in examples[:shots]), format_problem(i, with_answer=False)]) for i in part]
         encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False).to(model.device)
         out = model.generate(**encoded, max_new_tokens=128, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        for item, text in zip(part, tokenizer.batch_decode(out[:, encoded.input_ids.shape[1] :], skip_special_tokens=True)):
+        for item, text in zip(part, tokenizer.batch_decode(out[:, encoded.input_ids.shape[1] :], skip_special_tokens=True), strict=True):
             right += stated_result(text) == item.result
     return right / len(items)
 

@@ -1,6 +1,6 @@
 """The held-out splits and few-shot examples, made anew from their seeds. Run from the repository's root:
 
-    python -m evals.reference.splits          # writes evals/reference/splits/*.jsonl
+python -m evals.reference.splits          # writes evals/reference/splits/*.jsonl
 """
 
 from __future__ import annotations
@@ -42,14 +42,17 @@ def _problems() -> list[Row]:
 
 
 def _questions(subject: str, count: int) -> list[Row]:
-    return [_question_row(q) for q in _distinct(lambda rng: question(rng, subject), format_question, count=count, seed=100 + list(SUBJECTS).index(subject))]
+    return [
+        _question_row(q)
+        for q in _distinct(lambda rng: question(rng, subject), format_question, count=count, seed=100 + list(SUBJECTS).index(subject))
+    ]
 
 
 def _text_rows() -> list[Row]:
     stories = _distinct(story, str, count=NUM_TEXTS // 2, seed=31)
     explanations = _distinct(expository, str, count=NUM_TEXTS, seed=32)
-    pairs = [f"{a}\n{b}" for a, b in zip(explanations[::2], explanations[1::2])]
-    return [{"text": text} for both in zip(stories, pairs) for text in both]
+    pairs = [f"{a}\n{b}" for a, b in zip(explanations[::2], explanations[1::2], strict=True)]
+    return [{"text": text} for both in zip(stories, pairs, strict=True) for text in both]
 
 
 def make_splits() -> dict[str, list[Row]]:
@@ -60,7 +63,7 @@ def make_splits() -> dict[str, list[Row]]:
     return {
         "word_problems": problems[NUM_SHOTS:],
         "word_problems_fewshot": problems[:NUM_SHOTS],
-        "questions": [row for group in zip(*(rows[NUM_SHOTS:] for rows in by_subject.values())) for row in group],
+        "questions": [row for group in zip(*(rows[NUM_SHOTS:] for rows in by_subject.values()), strict=True) for row in group],
         "questions_fewshot": [row for rows in by_subject.values() for row in rows[:NUM_SHOTS]],
         "prose": _text_rows(),
     }

@@ -18,18 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import scoring
 from .corpus import Mixture, Stream
 from .generator import question
-from .generator.documents import LETTER_WEIGHT, LOOKUP_WEIGHT
+from .generator.documents import LETTER_WEIGHT, LOOKUP_WEIGHT, TEXT_WEIGHT
 from .optimizer import Muon
 from .tokenizer import load_or_train_tokenizer
 
-MATRIX_RATE, OTHER_RATE, WARM_UP_STEPS = 0.02, 0.004, 20
+MATRIX_RATE, OTHER_RATE, WARM_UP_STEPS = 0.005, 0.001, 20
 WATCHED_SEED = 4_000_001
-WATCHED = {"letter_loss": LETTER_WEIGHT, "lookup_loss": LOOKUP_WEIGHT}
+WATCHED = {"letter_loss": LETTER_WEIGHT, "text_loss": TEXT_WEIGHT, "lookup_loss": LOOKUP_WEIGHT}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,21 @@ class Settings:
 
 def architecture(vocab_size: int) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-        max_position_embeddings=1024, rope_theta=10000.0, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
 
 
 class Trainer:
@@ -82,8 +95,14 @@ class Trainer:
         return LlamaForCausalLM(architecture(len(self.tokenizer)))
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "muon": self.muon.state_dict(), "adam": self.adam.state_dict(),
-                 "step": self.step, "tokens": self.tokens, "minutes": self.minutes}
+        state = {
+            "model": self.model.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adam": self.adam.state_dict(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "minutes": self.minutes,
+        }
         new = self.checkpoint.with_suffix(".new")
         torch.save(state, new)
         new.replace(self.checkpoint)
@@ -137,8 +156,15 @@ class Trainer:
 
 def train(settings: Settings) -> None:
     trainer = Trainer(settings)
-    stream = Stream(trainer.tokenizer, settings.data, settings.mixture, context=settings.context, seed=1_000_003 * (trainer.step + 1),
-                    aids=settings.aids, subjects=settings.subjects)
+    stream = Stream(
+        trainer.tokenizer,
+        settings.data,
+        settings.mixture,
+        context=settings.context,
+        seed=1_000_003 * (trainer.step + 1),
+        aids=settings.aids,
+        subjects=settings.subjects,
+    )
     log = (settings.out / "log.jsonl").open("a", encoding="utf-8")
 
     def report(row: dict[str, object]) -> None:
@@ -156,14 +182,24 @@ def train(settings: Settings) -> None:
         trainer.minutes = before + (time.time() - began) / 60
         if (now := time.time()) - shown_at > 20:
             speed = (trainer.tokens - shown_tokens) / (now - shown_at)
-            report({"step": trainer.step, "tokens": trainer.tokens, "minutes": round(trainer.minutes, 2), **_means(losses), "rate": round(scale, 4), "context": settings.context, "tokens_per_s": round(speed)})
+            report(
+                {
+                    "step": trainer.step,
+                    "tokens": trainer.tokens,
+                    "minutes": round(trainer.minutes, 2),
+                    **_means(losses),
+                    "rate": round(scale, 4),
+                    "context": settings.context,
+                    "tokens_per_s": round(speed),
+                }
+            )
             shown_at, shown_tokens, losses = now, trainer.tokens, []
         if now - watched_at > 60 * settings.watch_minutes:
-            report({"step": trainer.step, **trainer.watch()})
             trainer.save()
+            report({"step": trainer.step, **trainer.watch()})
             watched_at = shown_at = time.time()
-    report({"step": trainer.step, **trainer.watch()})
     trainer.save()
+    report({"step": trainer.step, **trainer.watch()})
     if settings.decay:
         trainer.export()
 

@@ -61,7 +61,7 @@ def test_answers_about_capitals_sums_and_order_are_true():
     rng = random.Random(8)
     for item in (generator.question(rng, "geography") for _ in range(200)):
         right = item.choices[item.answer]
-        assert any(key in item.question and value == right or value in item.question and key == right for key, value in facts.CAPITALS.items())
+        assert any((key in item.question and value == right) or (value in item.question and key == right) for key, value in facts.CAPITALS.items())
     for item in (generator.question(rng, "arithmetic") for _ in range(200)):
         right, numbers = int(item.choices[item.answer]), [int(choice) for choice in item.choices]
         if sum_asked := re.match(r"What is (\d+) ([+-]) (\d+)\?", item.question):
@@ -109,8 +109,16 @@ def test_training_documents_hold_no_held_out_item():
 
 def test_config_has_the_promised_dimensions():
     config = json.loads((MODEL / "config.json").read_text())
-    promised = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "max_position_embeddings": 1024, "vocab_size": 4096, "model_type": "llama"}
+    promised = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "head_dim": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "vocab_size": 4096,
+        "model_type": "llama",
+    }
     assert {name: config[name] for name in promised} == promised
     assert 6 <= config["num_hidden_layers"] <= 8
 
@@ -119,7 +127,7 @@ def test_weights_are_bf16_safetensors_of_at_most_16_mb():
     weights = MODEL / "model.safetensors"
     assert weights.stat().st_size <= 16_000_000
     with safe_open(weights, "pt") as tensors:
-        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
 
 
 def test_tokenizer_splits_digits_and_keeps_bytes_and_answer_letters(tokenizer):

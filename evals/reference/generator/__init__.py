@@ -8,6 +8,20 @@ from .stories import story
 from .word_problems import WordProblem, format_problem, word_problem
 
 __all__ = [
-    "Piece", "Question", "WordProblem", "chat_document", "draw", "expository", "format_problem", "format_question", "is_held_out", "lookup_document", "problem_document",
-    "prose_document", "question", "question_document", "story", "word_problem",
+    "Piece",
+    "Question",
+    "WordProblem",
+    "chat_document",
+    "draw",
+    "expository",
+    "format_problem",
+    "format_question",
+    "is_held_out",
+    "lookup_document",
+    "problem_document",
+    "prose_document",
+    "question",
+    "question_document",
+    "story",
+    "word_problem",
 ]

@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     weight: float
 
 
-LETTER_WEIGHT, TEXT_WEIGHT, LOOKUP_WEIGHT = 10.0, 2.0, 5.0
+LETTER_WEIGHT, TEXT_WEIGHT, LOOKUP_WEIGHT = 10.0, 8.0, 5.0
 WORDS = sorted({word for words in facts.KINDS.values() for word in words} | {*facts.DAYS, *facts.MONTHS, *facts.CAPITALS.values(), *NAMES, *THINGS})
 
 
@@ -38,7 +38,7 @@ def _seen_text(make: Callable[[random.Random], str], rng: random.Random) -> str:
 
 
 def _options(choices: Sequence[str]) -> str:
-    return "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, choices))
+    return "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, choices, strict=True))
 
 
 def _plain(item: Question, body: float) -> list[Piece]:
@@ -71,10 +71,10 @@ def lookup_document(rng: random.Random) -> list[Piece]:
     """
     pieces: list[Piece] = []
     echoes = rng.random()
-    ask = rng.choice((" is", ":", " ="))
+    ask = rng.choice(("", "", " is", ":"))
     for _ in range(rng.randint(1, 4)):
         choices = rng.sample(WORDS, 4)
-        for letter, text in zip(LETTERS, choices):
+        for letter, text in zip(LETTERS, choices, strict=True):
             echo = [Piece(f" {letter}", 1.0)] if rng.random() < echoes else []
             pieces += [Piece(f"{letter}. {text}", 0.0), *echo, Piece("\n", 0.0)]
         for _ in range(rng.randint(3, 8)):

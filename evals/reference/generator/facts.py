@@ -40,12 +40,19 @@ USES = _pairs(
 MATERIALS = _pairs(
     "milk/cheese grapes/wine flour/bread wool/sweaters clay/bricks sand/glass trees/paper cotton/shirts cocoa/chocolate olives/oil tomatoes/ketchup"
 )
-KINDS = {name: words.split() for name, words in {
-    "fruit": "apple pear plum cherry lemon mango grape melon banana", "animal": "dog cat cow horse sheep lion goat bear wolf",
-    "color": "red blue green yellow black white brown purple orange", "tool": "hammer saw drill rake spade axe wrench",
-    "vehicle": "car bus train ship plane truck bicycle", "metal": "iron gold silver copper tin lead zinc",
-    "planet": "Mars Venus Saturn Jupiter Neptune Uranus Mercury", "body part": "arm leg hand foot knee elbow nose ear",
-}.items()}
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+KINDS = {
+    name: words.split()
+    for name, words in {
+        "fruit": "apple pear plum cherry lemon mango grape melon banana",
+        "animal": "dog cat cow horse sheep lion goat bear wolf",
+        "color": "red blue green yellow black white brown purple orange",
+        "tool": "hammer saw drill rake spade axe wrench",
+        "vehicle": "car bus train ship plane truck bicycle",
+        "metal": "iron gold silver copper tin lead zinc",
+        "planet": "Mars Venus Saturn Jupiter Neptune Uranus Mercury",
+        "body part": "arm leg hand foot knee elbow nose ear",
+    }.items()
+}
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]

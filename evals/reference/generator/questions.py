@@ -32,6 +32,7 @@ def _relation(asks: tuple[str, ...], table: dict[str, str], *, both_ways: tuple[
         if both_ways and rng.random() < 0.4:
             return rng.choice(both_ways).format(value), key, list(table)
         return rng.choice(asks).format(key), value, list(table.values())
+
     return body
 
 
@@ -83,14 +84,22 @@ def _numerals(rng: random.Random) -> Body:
 
 
 SUBJECTS: dict[str, list[Callable[[random.Random], Body]]] = {
-    "geography": [_relation(("What is the capital of {}?", "Which city is the capital of {}?"), facts.CAPITALS,
-                            both_ways=("{} is the capital of which country?",))],
-    "language": [_relation(("What is the opposite of {}?", "Which word means the opposite of {}?"), facts.OPPOSITES,
-                           both_ways=("What is the opposite of {}?",)),
-                 _relation(("What is the past tense of {}?",), facts.PAST, both_ways=("{} is the past tense of which word?",))],
-    "biology": [_relation(("What is a young {} called?",), facts.YOUNG, both_ways=("A {} grows up to be which animal?",)),
-                _relation(("Which sound fits: a {} ...",), facts.SOUNDS, both_ways=("Which animal {}?",)),
-                _relation(("Where does a {} live?",), facts.HOMES)],
+    "geography": [
+        _relation(
+            ("What is the capital of {}?", "Which city is the capital of {}?"), facts.CAPITALS, both_ways=("{} is the capital of which country?",)
+        )
+    ],
+    "language": [
+        _relation(
+            ("What is the opposite of {}?", "Which word means the opposite of {}?"), facts.OPPOSITES, both_ways=("What is the opposite of {}?",)
+        ),
+        _relation(("What is the past tense of {}?",), facts.PAST, both_ways=("{} is the past tense of which word?",)),
+    ],
+    "biology": [
+        _relation(("What is a young {} called?",), facts.YOUNG, both_ways=("A {} grows up to be which animal?",)),
+        _relation(("Which sound fits: a {} ...",), facts.SOUNDS, both_ways=("Which animal {}?",)),
+        _relation(("Where does a {} live?",), facts.HOMES),
+    ],
     "categories": [_kind],
     "calendar": [_calendar],
     "arithmetic": [_compare, _arithmetic],
@@ -115,7 +124,7 @@ def question(rng: random.Random, subject: str | None = None) -> Question:
 
 def format_question(item: Question, *, with_answer: bool = True) -> str:
     """MMLU's prompt form: question, four lettered choices, `Answer:` and, if asked, the letter."""
-    lines = [item.question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, item.choices))]
+    lines = [item.question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, item.choices, strict=True))]
     return "\n".join([*lines, f"Answer: {item.letter}" if with_answer else "Answer:"])
 
 

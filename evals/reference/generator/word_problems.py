@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-NAMES = (
-    "Tom Anna Ben Mia Sam Lucy Max Ella Leo Zoe Jack Nora Finn Ruby Omar Ivy Noah Lily Adam Rosa Kofi Mei Raj Sara Hugo Lena Paul Tina "
-    "Yusuf Clara Dan Emma Felix Gina Henry Iris John Kate Liam Maya"
-).split()
-THINGS = (
-    "apples pears books coins shells pencils stickers marbles cards eggs flowers cookies stamps buttons balloons stones cups candles nuts "
-    "plums oranges toys kites beads leaves"
-).split()
-PLACES = "garden shop market school park kitchen farm library beach house".split()
+NAMES = [
+    "Tom", "Anna", "Ben", "Mia", "Sam", "Lucy", "Max", "Ella", "Leo", "Zoe", "Jack", "Nora", "Finn", "Ruby", "Omar", "Ivy", "Noah", "Lily",
+    "Adam", "Rosa", "Kofi", "Mei", "Raj", "Sara", "Hugo", "Lena", "Paul", "Tina", "Yusuf", "Clara", "Dan", "Emma", "Felix", "Gina", "Henry",
+    "Iris", "John", "Kate", "Liam", "Maya",
+]
+THINGS = [
+    "apples", "pears", "books", "coins", "shells", "pencils", "stickers", "marbles", "cards", "eggs", "flowers", "cookies", "stamps",
+    "buttons", "balloons", "stones", "cups", "candles", "nuts", "plums", "oranges", "toys", "kites", "beads", "leaves",
+]
+PLACES = ["garden", "shop", "market", "school", "park", "kitchen", "farm", "library", "beach", "house"]
 LARGEST = 60
 
 
@@ -37,8 +38,15 @@ def word_problem(rng: random.Random) -> WordProblem:
     who, other = rng.sample(NAMES, 2)
     thing, distraction = rng.sample(THINGS, 2)
     have = rng.randint(2, 20)
-    story = [rng.choice((f"{who} has {have} {thing}.", f"There are {have} {thing} in {who}'s {rng.choice(PLACES)}.",
-                         f"{who} finds {have} {thing} at the {rng.choice(PLACES)}."))]
+    story = [
+        rng.choice(
+            (
+                f"{who} has {have} {thing}.",
+                f"There are {have} {thing} in {who}'s {rng.choice(PLACES)}.",
+                f"{who} finds {have} {thing} at the {rng.choice(PLACES)}.",
+            )
+        )
+    ]
     lines: list[str] = []
     for _ in range(rng.choice((1, 1, 2, 2, 3))):
         event, line, have = _step(rng, who, other, thing, have)
@@ -46,13 +54,16 @@ def word_problem(rng: random.Random) -> WordProblem:
         lines.append(line)
     if rng.random() < 0.25:
         story.insert(1, f"{who} also has {rng.randint(2, 20)} {distraction}.")
-    ask = rng.choice((f"How many {thing} does {who} have now?", f"How many {thing} are there in the end?",
-                      f"How many {thing} does {who} have at the end?"))
+    ask = rng.choice(
+        (f"How many {thing} does {who} have now?", f"How many {thing} are there in the end?", f"How many {thing} does {who} have at the end?")
+    )
     return WordProblem(" ".join([*story, ask]), "\n".join([*lines, f"#### {have}"]))
 
 
 def _step(rng: random.Random, who: str, other: str, thing: str, have: int) -> tuple[str, str, int]:
-    kinds = [_gain] if have < 2 else [_gain, _gain, _lose, _lose, _exchange] if have <= 12 else [_gain, _lose, _lose] if have <= LARGEST - 12 else [_lose]
+    kinds = (
+        [_gain] if have < 2 else [_gain, _gain, _lose, _lose, _exchange] if have <= 12 else [_gain, _lose, _lose] if have <= LARGEST - 12 else [_lose]
+    )
     return rng.choice(kinds)(rng, who, other, thing, have)
 
 
