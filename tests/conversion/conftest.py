@@ -112,7 +112,8 @@ class Launcher:
     """Runs command lines in processes forked from one that has imported everything and run nothing."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = os.environ | settings | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # what is let go of is not kept by the allocator
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("launcher.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
