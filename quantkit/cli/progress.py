@@ -18,12 +18,13 @@ results = Console(highlight=False, soft_wrap=True)
 
 
 class ConvertProgress:
-    """A listener with a bar per block: the last layer and its error, blocks done, time left."""
+    """A listener with a bar of blocks: the last layer and its error, blocks done, time left. Where stderr is no terminal, a line a block."""
 
     def __init__(self) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(elapsed_when_finished=False), console=console,
+            disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("preparing", total=None, detail="")
 

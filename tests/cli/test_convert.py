@@ -1,0 +1,191 @@
+"""`quantkit convert` as it is typed: what it prints where, what its options reach, how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quantkit.cli.main import main
+from quantkit.formats.opened import OpenedCheckpoint
+from tests.conversion.conftest import save_tiny
+
+Captured = pytest.CaptureFixture[str]
+DATA_FREE = ("-r", "w4a16-rtn")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> tuple[str, ...]:
+    """Options for a calibration of a second."""
+    save_file({"input_ids": torch.randint(3, 96, (6, 64))}, tmp_path / "rows.safetensors")
+    return ("--calib", str(tmp_path / "rows.safetensors"), "--num-samples", "4")
+
+
+def convert(*arguments: str | Path, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", *map(str, arguments)])
+    assert (ended.value.code or 0) == code
+
+
+def test_results_on_stdout_and_progress_on_stderr(tiny: Path, tmp_path: Path, calibration: tuple[str, ...], capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", *calibration)
+
+    shown = capsys.readouterr()
+    for words in (
+        "by w4a16-gptq as compressed-tensors",
+        "bits per weight",
+        "peak memory",
+        "layer error",
+        "perplexity",
+        "KL divergence",
+        "4 rows x 64 tokens",
+    ):
+        assert words in shown.out, words
+    assert "left alone (outside the decoder blocks): lm_head" in shown.out
+    assert "block 0" in shown.err and "block 1" in shown.err and "block" not in shown.out.replace("decoder blocks", "")
+    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_without_calibration_it_says_how_to_measure(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", *DATA_FREE)
+
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "not measured; quantkit eval" in words and "--baseline" in words
+
+
+@pytest.mark.parametrize("is_calibrated", [True, False])
+def test_json_is_all_that_stdout_holds(is_calibrated: bool, tiny: Path, tmp_path: Path, calibration: tuple[str, ...], capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", "--json", *(calibration if is_calibrated else DATA_FREE))
+
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "out" / "quantkit_report.json").read_text())
+    assert len(report["layers"]) == 14 and (report["divergence"] is not None) == is_calibrated
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    before = sorted(tmp_path.rglob("*"))
+
+    convert(tiny, "-o", tmp_path / "out", "--dry-run")
+    convert(tiny, "-o", tmp_path / "out", "--dry-run", *DATA_FREE)
+
+    shown = capsys.readouterr()
+    assert "w4a16-g64" in shown.out and "bits per weight in quantized layers" in shown.out and shown.err == ""
+    assert shown.out.index("calibrated") < shown.out.index("needs no calibration data")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_speaks_json(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", "--dry-run", "--json")
+    plan = json.loads(capsys.readouterr().out)
+    convert(tiny, "-o", tmp_path / "out", "--json", *DATA_FREE)
+    report = json.loads(capsys.readouterr().out)
+
+    assert plan["needs_calibration"] and plan["recipe"] == "w4a16-gptq"
+    assert (plan["bytes_after"], plan["linear_bpw"]) == (report["bytes_after"], report["linear_bpw"])
+    assert {name: layer["scheme"] for name, layer in plan["layers"].items()} == {layer["name"]: layer["scheme"] for layer in report["layers"]}
+
+
+def test_options_reach_the_conversion(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    options = ["--override", "down_proj=w8a16", "--override", "up_proj=w3a16-g16", "--ignore", "v_proj", "--group-size", "32", "--dtype", "bfloat16"]
+
+    convert(tiny, "-o", tmp_path / "out", *DATA_FREE, *options, "--max-shard-size", "30KB", "--device", "cpu")
+
+    opened = OpenedCheckpoint(tmp_path / "out")
+    schemes = {name.rpartition(".")[2]: scheme.name for name, scheme in opened.schemes.items()}
+    assert schemes == {
+        "q_proj": "w4a16-g32",
+        "k_proj": "w4a16-g32",
+        "o_proj": "w4a16-g32",
+        "gate_proj": "w4a16-g32",
+        "up_proj": "w3a16-g16",
+        "down_proj": "w8a16",
+    }
+    assert opened.dtype == torch.bfloat16 and len(opened.reader.files) > 2
+
+
+def test_overwrite_fresh_and_requantize_reach_it_too(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    convert(tiny, "-o", out, *DATA_FREE)
+    convert(tiny, "-o", out, *DATA_FREE, code=1)
+    assert "--overwrite" in capsys.readouterr().err
+    convert(tiny, "-o", out, "-r", "w8a16", "--overwrite", "--fresh")
+    convert(out, "-o", tmp_path / "again", *DATA_FREE, code=1)
+    assert "--requantize" in capsys.readouterr().err
+    convert(out, "-o", tmp_path / "again", *DATA_FREE, "--requantize")
+
+
+def test_measuring_can_be_left_out(tiny: Path, tmp_path: Path, calibration: tuple[str, ...], capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", "--json", "--no-measure", *calibration)
+
+    assert json.loads(capsys.readouterr().out)["divergence"] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("512MiB", 512 << 20), ("2kb", 2000), ("100000", 100_000), ("1GiB", 1 << 30)]
+)
+def test_sizes_are_read_with_their_units(size: str, num_bytes: int) -> None:
+    from quantkit.cli.convert import Size
+
+    assert Size().convert(size, None, None) == num_bytes
+
+
+WRONG_USAGE = {
+    "no source": (["-o", "out"], "Missing argument 'SOURCE'"),
+    "no output": (["model"], "Missing option '-o' / '--out'"),
+    "size": (["--max-shard-size", "5XB"], "'5XB' is no size; write 5GB, 500MB or 512MiB"),
+    "no size": (["--max-shard-size", "large"], "'large' is no size"),
+    "negative size": (["--max-shard-size=-5GB"], "'-5GB' is no size"),
+    "size of nothing": (["--max-shard-size", "0"], "max_shard_size is 0; give a size such as 5GB"),
+    "samples": (["--num-samples", "0"], "0 is not in the range x>=1"),
+    "seq_len": (["--seq-len", "1"], "1 is not in the range x>=2"),
+    "samples in words": (["--num-samples", "many"], "'many' is not a valid integer"),
+    "layout": (["--calib-layout", "stack"], "'stack' is not one of 'pack', 'pad'"),
+    "dtype": (["--dtype", "float17"], "unknown dtype 'float17'; did you mean 'float16'"),
+    "device": (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
+    "half a pair": (["--prompt-column", "q"], "prompt_column and response_column come together"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_USAGE)
+def test_wrong_usage_ends_with_2(case: str, tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    arguments, message = WRONG_USAGE[case]
+    arguments = arguments if case in ("no source", "no output") else [str(tiny), "-o", str(tmp_path / "out"), *arguments]
+
+    convert(*arguments, code=2)
+
+    shown = capsys.readouterr()
+    assert message in " ".join(shown.err.split()) and shown.out == "" and "Traceback" not in shown.err
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED = {
+    "source": (["nowhere/at/all"], "there is no folder 'nowhere/at/all'"),
+    "recipe": (["TINY", "-r", "w4a16-gtpq"], "unknown recipe 'w4a16-gtpq'; did you mean 'w4a16-gptq'"),
+    "format": (["TINY", "-f", "gtpq"], "unknown format 'gtpq'; did you mean 'gptq'?"),
+    "override": (["TINY", "--override", "down_proj"], "override 'down_proj' is not of the form 'REGEX=scheme'"),
+    "scheme": (["TINY", "--override", "down_proj=w4a17"], "unknown scheme 'w4a17'; did you mean 'w4a16'"),
+    "pattern": (["TINY", "--ignore", "downproj"], "pattern 'downproj' matches no layer; layers end in down_proj"),
+    "group": (["TINY", "--group-size", "48"], "group size 48 does not divide the 64 input features"),
+    "tokenizer": (["TINY"], "has no tokenizer"),
+    "data": (["TINY", "--calib", "nothing.txt"], "has no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_in_one_message(case: str, tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    (source, *options), message = REFUSED[case]
+    before = sorted(tmp_path.iterdir())
+
+    convert(str(tiny) if source == "TINY" else source, "-o", tmp_path / "out", *options, code=1)
+
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("Error: ") and message in shown.err and shown.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
