@@ -1,6 +1,6 @@
 """Prepare a model for learning to answer by letter: bring its residual stream back to scale and lay out attention heads that look things up.
 
-    python -m evals.reference.condition MODEL OUT
+    python -m evals.reference.condition MODEL OUT [--only-shrink | --no-shrink]
 
 A long run at a high constant rate without weight decay grows the residual stream to hundreds of times its embeddings; new circuits then cannot
 grow, since a step changes next to nothing. RMSNorm makes shrinking every write nearly lossless. The heads follow mimetic initialization
@@ -31,6 +31,7 @@ QUERY, KEY = slice(HEAD * HEAD_DIM, (HEAD + 1) * HEAD_DIM), slice(KV_HEAD * HEAD
 SECOND_QUERY = slice((HEAD + 1) * HEAD_DIM, (HEAD + 2) * HEAD_DIM)
 
 
+@torch.no_grad()
 def shrink_writes(model: LlamaForCausalLM, factor: float = SHRINK) -> None:
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.mul_(factor)
@@ -62,7 +63,7 @@ class HeadLayout:
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model = model
         rng = random.Random(1)
-        texts = ["".join(piece.text for piece in generator.lookup_document(rng)) for _ in range(60)]
+        texts = ["".join(piece.text for piece in generator.lookup_document(rng)) for _ in range(30)]
         self.rows = tokenizer(texts, add_special_tokens=True, truncation=True)["input_ids"]
         self.letters = torch.tensor([tokenizer.encode(letter, add_special_tokens=False)[0] for letter in LETTERS])
         spaced = [tokenizer.encode(f" {letter}", add_special_tokens=False)[0] for letter in LETTERS]
@@ -98,7 +99,7 @@ class HeadLayout:
         seen: list[torch.Tensor] = []
         hook = attention.q_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
         for row in self.rows:
-            self.model(torch.tensor([row]), use_cache=False)
+            self.model.model(torch.tensor([row]), use_cache=False)
         hook.remove()
         states, tokens = torch.cat(seen), torch.tensor([token for row in self.rows for token in row])
         words = ~torch.isin(tokens, self.structure)
@@ -110,9 +111,8 @@ class HeadLayout:
 
 
 @torch.no_grad()
-def condition(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def lay_heads(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
-    shrink_writes(model)
     layout = HeadLayout(model, tokenizer)
     layout.lay_letter_head()
     for layer in MATCH_LAYERS:
@@ -123,10 +123,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--only-shrink", action="store_true", help="leave the attention heads as they are")
+    parser.add_argument("--no-shrink", action="store_true", help="for a model whose writes have been shrunk")
     args = parser.parse_args()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    condition(model, tokenizer)
+    if not args.no_shrink:
+        shrink_writes(model)
+    if not args.only_shrink:
+        lay_heads(model, tokenizer)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 

@@ -38,7 +38,7 @@ class Mixture:
 
 
 def texts(folder: Path) -> list[str]:
-    """Every .txt and .utf8 file below `folder`, cut into documents of a few paragraphs; files named as test or validation data are left out."""
+    """Every .txt and .utf8 file below `folder`, cut into short documents; files named as test or validation data are left out."""
     found: list[str] = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".utf8") and not any(word in p.name for word in HELD_OUT)):
         found += _documents(_plain(path.read_text(encoding="utf-8", errors="ignore")))
@@ -53,10 +53,11 @@ def _plain(text: str) -> str:
 
 
 def _documents(text: str, size: int = 1500) -> list[str]:
+    """Paragraphs, or lines where a file has no paragraphs, joined up to about `size` characters; no document can crowd out the others."""
     documents, parts = [], []
-    for paragraph in text.split("\n\n"):
-        if paragraph.strip():
-            parts.append(paragraph.strip())
+    for line in text.replace("\n\n", "\n").split("\n"):
+        if line.strip():
+            parts.append(line.strip()[: 2 * size])
         if sum(map(len, parts)) > size:
             documents.append("\n".join(parts))
             parts = []

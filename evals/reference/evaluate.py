@@ -56,14 +56,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--problems", type=int, default=splits.NUM_PROBLEMS)
     parser.add_argument("--questions", type=int, default=2 * splits.NUM_QUESTIONS, help="as many as there are, unless fewer are wanted")
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="further texts, of which the first 200,000 characters are scored")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="further texts, of which the first 60,000 characters are scored")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", type=Path, help="also write the scores to this file")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
-    texts = {path.stem: path.read_text(encoding="utf-8")[:200_000] for path in args.text}
+    texts = {path.stem: path.read_text(encoding="utf-8")[:60_000] for path in args.text}
     scores = _rounded(score(model, tokenizer, num_problems=args.problems, num_questions=args.questions, texts=texts))
     text = json.dumps(scores, indent=2)
     print(text)

@@ -193,9 +193,9 @@ def train(settings: Settings) -> None:
                     "tokens_per_s": round(speed),
                 }
             )
+            trainer.save()
             shown_at, shown_tokens, losses = now, trainer.tokens, []
         if now - watched_at > 60 * settings.watch_minutes:
-            trainer.save()
             report({"step": trainer.step, **trainer.watch()})
             watched_at = shown_at = time.time()
     trainer.save()

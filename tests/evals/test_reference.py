@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.reference import evaluate, generator, scoring, splits
+from evals.reference import condition, evaluate, generator, scoring, splits
 from evals.reference.generator import facts
 from evals.reference.generator.questions import SUBJECTS
 
@@ -151,3 +151,18 @@ def test_sampled_scores_reach_their_floor(model, tokenizer):
 def test_stated_result_reads_the_first_answer_only():
     assert scoring.stated_result(" so 1+1=<<1+1=2>>2.\n#### 2\n\nQuestion: more\nAnswer: #### 3") == 2
     assert scoring.stated_result(" no number\n\nQuestion: more\nAnswer: #### 3") is None
+
+
+def test_laid_out_heads_find_the_earlier_copy_of_a_word_and_the_letter_of_its_line(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
+    condition.lay_heads(model, tokenizer)
+    ids = tokenizer("A. bread\nB. gold\nC. Monday\nD. white\n gold", return_tensors="pt").input_ids
+    gold = (ids[0] == ids[0, -1]).nonzero().flatten()
+    assert len(gold) == 2
+
+    with torch.no_grad():
+        attention = model(ids, output_attentions=True).attentions
+
+    assert attention[condition.LETTER_LAYER][0, condition.HEAD, gold[0], gold[0] - 2] > 0.8
+    for layer in condition.MATCH_LAYERS:
+        assert attention[layer][0, condition.HEAD, -1, gold].sum() > 0.7
