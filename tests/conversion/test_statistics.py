@@ -1,0 +1,115 @@
+"""What calibration records of a block's inputs: the mean of x x^T over real tokens, once for linears that read one input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.conversion.statistics import HessianCollector
+
+
+class Attention(nn.Module):
+    """Three linears that read one input, and one that reads their outcome."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.q(x) * self.k(x) + self.v(x))
+
+    def linears(self) -> dict[str, nn.Module]:
+        return dict(self.named_children())
+
+
+def mean_product(rows: Tensor) -> Tensor:
+    return rows.T @ rows / len(rows)
+
+
+def test_linears_with_one_input_share_one_hessian() -> None:
+    block, x = Attention(), torch.randn(3, 5, 12)
+    collector = HessianCollector(block.linears())
+
+    with collector.watching(torch.ones(3, 5, dtype=torch.bool)):
+        block(x)
+
+    (first, shared), (second, own) = collector.shared()
+    assert (first, second) == (["q", "k", "v"], ["o"])
+    torch.testing.assert_close(shared.hessian, mean_product(x.reshape(-1, 12)))
+    assert shared.num_tokens == own.num_tokens == 15
+
+
+def test_equal_values_in_two_tensors_are_two_inputs() -> None:
+    q, k = nn.Linear(4, 4), nn.Linear(4, 4)
+    collector = HessianCollector({"q": q, "k": k})
+    x = torch.randn(1, 6, 4)
+
+    with collector.watching(torch.ones(1, 6, dtype=torch.bool)):
+        q(x)
+        k(x.clone())
+
+    assert [names for names, _ in collector.shared()] == [["q"], ["k"]]
+
+
+def test_batches_add_up_to_the_whole() -> None:
+    block, x = Attention(), torch.randn(6, 5, 12)
+    whole, parts = HessianCollector(block.linears()), HessianCollector(block.linears())
+    everything = torch.ones(6, 5, dtype=torch.bool)
+
+    with whole.watching(everything):
+        block(x)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        with parts.watching(everything[rows]):
+            block(x[rows])
+
+    for (names, one), (same, two) in zip(whole.shared(), parts.shared(), strict=True):
+        assert names == same and one.num_tokens == two.num_tokens == 30
+        torch.testing.assert_close(one.hessian, two.hessian)
+
+
+def test_padding_is_not_counted() -> None:
+    block, x = Attention(), torch.randn(2, 5, 12)
+    valid = torch.tensor([[True, True, True, False, False], [True, True, True, True, False]])
+    x[~valid] = 1e4
+    collector = HessianCollector(block.linears())
+
+    with collector.watching(valid):
+        block(x)
+
+    statistics = collector.shared()[0][1]
+    assert statistics.num_tokens == 7
+    torch.testing.assert_close(statistics.hessian, mean_product(x[valid]))
+
+
+def test_half_precision_inputs_are_summed_in_float32() -> None:
+    linear, x = nn.Linear(4, 4).bfloat16(), torch.randn(1, 900, 4).bfloat16()
+    collector = HessianCollector({"linear": linear})
+
+    with collector.watching(torch.ones(1, 900, dtype=torch.bool)):
+        linear(x)
+
+    ((_, statistics),) = collector.shared()
+    assert statistics.hessian.dtype == torch.float32
+    torch.testing.assert_close(statistics.hessian, mean_product(x[0].float()))
+
+
+def test_an_expert_counts_the_tokens_that_reach_it_and_one_without_any_has_no_statistics() -> None:
+    experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    collector = HessianCollector({str(i): expert for i, expert in enumerate(experts)})
+    x = torch.randn(10, 4)
+
+    with collector.watching(torch.ones(2, 5, dtype=torch.bool)):
+        experts[0](x[:3])
+        experts[1](x[3:])
+
+    statistics = {names[0]: found for names, found in collector.shared()}
+    assert (statistics["0"].num_tokens, statistics["1"].num_tokens, statistics["2"]) == (3, 7, None)
+
+
+def test_nothing_is_recorded_outside_of_watching() -> None:
+    block = Attention()
+    collector = HessianCollector(block.linears())
+
+    block(torch.randn(1, 3, 12))
+
+    assert all(statistics is None for _, statistics in collector.shared())
