@@ -2,6 +2,9 @@
 
 Every piece of a document in a row begins with what the tokenizer puts before a text (BOS, once) and at position 0, so that no piece
 attends to another. A document that does not fit its row goes on in the next row as a new piece.
+
+A long document gives a row's worth and waits until every other document had its turn: otherwise few rows would hold few documents, and a
+language that the tokenizer spells in bytes would crowd out the rest.
 """
 
 from __future__ import annotations
@@ -82,14 +85,25 @@ def special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
+def in_turns(documents: Iterable[Sequence[int]], limit: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """(document's number, its next `limit` ids): the first part of every document, then the second of those that have one, ..."""
+    rests: list[tuple[int, Sequence[int]]] = []
+    for number, document in enumerate(documents):
+        yield number, document[:limit]
+        if len(document) - limit >= MIN_PIECE:
+            rests.append((number, document[limit:]))
+    while rests:
+        yield from ((number, rest[:limit]) for number, rest in rests)
+        rests = [(number, rest[limit:]) for number, rest in rests if len(rest) - limit >= MIN_PIECE]
+
+
 @dataclass(slots=True)
 class Rows:
-    """Rows of (ids, pieces): the lengths of the pieces in a row, padding left out. `num_cut` counts tokens left out at rows' ends."""
+    """Rows of ids, and the lengths of the pieces in each, padding left out."""
 
     ids: list[list[int]] = field(default_factory=list)
     pieces: list[list[int]] = field(default_factory=list)
     num_documents: int = 0
-    num_cut: int = 0
     num_seen: int = 0  # tokens of all documents taken, prefixes included
 
     @property
@@ -98,50 +112,35 @@ class Rows:
 
 
 def pack(documents: Iterable[Sequence[int]], prefix: list[int], num_rows: int, seq_len: int) -> Rows:
-    """Rows filled to the last token; a last row that stays unfilled is left out. No document gives a second row's worth before all gave one."""
+    """Rows filled to the last token; a last row that stays unfilled is left out."""
     rows = Rows()
     row: list[int] = []
     pieces: list[int] = []
-    in_row = 0
-    for rest, is_new in in_turn(documents, max(1, seq_len - len(prefix))):
-        in_row += is_new
-        rows.num_seen += len(rest) + (len(prefix) if is_new else 0)
-        while rest and len(rows.ids) < num_rows:
-            piece = [*prefix, *rest[: max(seq_len - len(row) - len(prefix), 0)]][: seq_len - len(row)]
+    in_row: set[int] = set()
+    used: set[int] = set()
+    for number, part in in_turns(documents, max(seq_len - len(prefix), 1)):
+        rest = part
+        rows.num_seen += len(prefix) + len(rest)
+        while rest:
+            room = seq_len - len(row)
+            piece = [*prefix, *rest[: max(room - len(prefix), 0)]][:room]
             rest = rest[max(len(piece) - len(prefix), 0) :]
             row += piece
             pieces.append(len(piece))
-            if len(row) == seq_len:
-                rows.ids.append(row)
-                rows.pieces.append(pieces)
-                rows.num_documents += in_row
-                row, pieces = [], []
-                is_carried = len(rest) >= MIN_PIECE
-                in_row = 0
-                if not is_carried:
-                    rows.num_cut += len(rest)
-                    rest = rest[:0]
-        if len(rows.ids) == num_rows:
-            break
-    rows.num_cut += len(row)
+            in_row.add(number)
+            if len(row) < seq_len:
+                continue
+            rows.ids.append(row)
+            rows.pieces.append(pieces)
+            used |= in_row
+            row, pieces, in_row = [], [], set()
+            if len(rows.ids) == num_rows:
+                rows.num_documents = len(used)
+                return rows
+            if len(rest) < MIN_PIECE:
+                break
+    rows.num_documents = len(used)
     return rows
-
-
-def in_turn(documents: Iterable[Sequence[int]], size: int) -> Iterator[tuple[Sequence[int], bool]]:
-    """The first `size` tokens of every document, then the next of those that have more, and so on; and whether the document is new.
-
-    So a few rows see many documents, and a single long document is still used to its end.
-    """
-    is_new, waiting = True, documents
-    while True:
-        longer = []
-        for document in waiting:
-            yield document[:size], is_new
-            if len(document) > size:
-                longer.append(document[size:])
-        if not longer:
-            return
-        is_new, waiting = False, longer
 
 
 def pad(documents: Iterable[Sequence[int]], prefix: list[int], num_rows: int, seq_len: int) -> Rows:
@@ -150,7 +149,6 @@ def pad(documents: Iterable[Sequence[int]], prefix: list[int], num_rows: int, se
     for document in islice(documents, num_rows):
         ids = [*prefix, *document][:seq_len]
         rows.num_seen += len(prefix) + len(document)
-        rows.num_cut += len(prefix) + len(document) - len(ids)
         rows.ids.append(ids)
         rows.pieces.append([len(ids)])
         rows.num_documents += 1

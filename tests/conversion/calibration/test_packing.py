@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantkit.conversion.calibration import CalibrationOptions, load_calibration
-from quantkit.conversion.calibration.packing import pack, special_ends
+from quantkit.conversion.calibration.packing import MIN_PIECE, pack, special_ends
 
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards quietly mix jugs of boxing liquid".split()  # noqa: SIM905
 
@@ -96,14 +96,28 @@ def test_padding_changes_no_valid_state(write, byte_tokenizer):
     torch.testing.assert_close(before[calibration.valid], after[calibration.valid], atol=1e-6, rtol=0)
 
 
-def test_packing_loses_no_token_but_the_last_rows():
+def test_packing_loses_no_token_but_rests_and_the_last_row():
     texts = [list(range(100 * i, 100 * i + length)) for i, length in enumerate((5, 40, 1, 63, 20, 22), start=1)]
-    rows = pack(texts, [0], num_rows=100, seq_len=16)
-    assert all(len(row) == 16 == sum(lengths) for row, lengths in zip(rows.ids, rows.pieces, strict=True))
+    rows = pack(texts, [0], num_rows=100, seq_len=32)
+    assert all(len(row) == 32 == sum(lengths) for row, lengths in zip(rows.ids, rows.pieces, strict=True))
     kept = [token for row in rows.ids for token in row if token]
     flat = [token for text in texts for token in text]
     assert set(kept) <= set(flat) and len(kept) == len(set(kept))
-    assert len(flat) - len(kept) <= rows.num_cut
+    assert len(flat) - len(kept) < 32 + len(texts) * MIN_PIECE
+
+
+def test_a_long_document_waits_until_every_other_had_its_turn():
+    long, short = list(range(1000, 1400)), [list(range(100 * i, 100 * i + 31)) for i in range(1, 6)]
+    rows = pack([long, *short], [0], num_rows=8, seq_len=32)
+    assert [row[1] // 100 for row in rows.ids[:6]] == [10, 1, 2, 3, 4, 5]
+    assert [row[1] for row in rows.ids[6:]] == [1031, 1062]
+    assert rows.num_documents == 6
+
+
+def test_a_book_fills_rows_in_its_order():
+    rows = pack([list(range(1, 1001))], [0], num_rows=10, seq_len=32)
+    assert [token for row in rows.ids for token in row if token] == list(range(1, 311))
+    assert rows.num_documents == 1
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 63, 64, 65])
