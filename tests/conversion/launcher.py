@@ -59,8 +59,8 @@ def wait(pid: int, order: dict[str, Any], started: float) -> int:
         time.sleep(0.001)
 
 
-for line in sys.stdin:
-    order = json.loads(line)
+def run(order: dict[str, Any]) -> dict[str, Any]:
+    """Fork, obey, and tell how it ended."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, tempfile.TemporaryFile("w+") as grown:
         started = time.monotonic()
         pid = os.fork()
@@ -70,5 +70,9 @@ for line in sys.stdin:
         seconds = time.monotonic() - started
         for file in (out, err, grown):
             file.seek(0)
-        account = {"code": code, "seconds": seconds, "stdout": out.read(), "stderr": err.read(), "grown": int(grown.read() or 0)}
-    print(json.dumps(account), flush=True)
+        return {"code": code, "seconds": seconds, "stdout": out.read(), "stderr": err.read(), "grown": int(grown.read() or 0)}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
