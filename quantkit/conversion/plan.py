@@ -204,9 +204,9 @@ def _fit(linear: Linear, rule: Rule, recipe: Recipe) -> LayerPlan:
     fitted = fit_group(wanted, columns)
     if fitted == wanted:
         return LayerPlan(linear, wanted, rounding)
-    assert not rule.strict
+    assert wanted.weight is not None and not rule.strict
     if fitted is not None:
-        return LayerPlan(linear, fitted, rounding, f"{wanted.name} does not divide {columns} columns, so {fitted.name}")
+        return LayerPlan(linear, fitted, rounding, f"groups of {wanted.weight.group} do not divide {columns} columns, so {fitted.name}")
     fallback = parse_scheme(recipe.fallback)
     return LayerPlan(linear, fallback, rounding, f"no group of {wanted.name} divides {columns} columns, so the fallback {fallback.name}")
 
