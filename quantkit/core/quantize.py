@@ -50,9 +50,13 @@ def as_groups(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be stored, back in float32: rounded to its type, never zero, never infinite."""
+    """The scale as it will be stored, back in float32: rounded to its type, never zero, never infinite.
+
+    Half precision goes down into its subnormals, which small weights at 8 bits need.
+    """
     info = torch.finfo(dtype)
-    magnitude = scale.abs().clamp(info.tiny, info.max)
+    smallest = info.tiny * info.eps if dtype == torch.float16 else info.tiny
+    magnitude = scale.abs().clamp(smallest, info.max)
     return torch.where(scale < 0, -magnitude, magnitude).to(dtype).float()
 
 

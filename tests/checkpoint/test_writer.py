@@ -294,7 +294,9 @@ _COPY = """
 def test_copying_a_checkpoint_holds_two_tensors_at_most(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     command = [sys.executable, "-c", textwrap.dedent(_COPY), str(tmp_path / "a"), str(tmp_path / "b")]
-    growth = int(subprocess.run(command, cwd=_ROOT, check=True, capture_output=True, text=True).stdout)
+    # glibc raises its own threshold after the first large free and then keeps such blocks in its heap: slack of malloc, not of ours
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    growth = int(subprocess.run(command, cwd=_ROOT, check=True, capture_output=True, text=True, env=environment).stdout)
     assert growth < 48 * 1024, f"{growth} KiB more for tensors of 16 MiB"
     assert torch.equal(CheckpointReader(tmp_path / "b").get("t15"), torch.full((2048, 2048), 15.0))
     assert sum(path.stat().st_size for path in (tmp_path / "b").glob("*.safetensors")) > 256 << 20
