@@ -44,7 +44,8 @@ def _tensors(config: dict) -> list[TensorPlan]:
     shapes = {"model.embed_tokens": (config["vocab_size"], hidden), "model.norm": (hidden,)}
     for i in range(config["num_hidden_layers"]):
         block = {
-            "input_layernorm": (hidden,), "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
             "self_attn.o_proj": (hidden, queries), "post_attention_layernorm": (hidden,), "mlp.gate_proj": (intermediate, hidden),
             "mlp.up_proj": (intermediate, hidden), "mlp.down_proj": (hidden, intermediate),
         }  # fmt: skip

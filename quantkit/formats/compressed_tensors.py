@@ -69,7 +69,8 @@ class CompressedTensors:
         words = _part(parts, "weight_packed")
         dense = words.shape[1] == packed_words(columns, spec.bits)
         if not dense and words.shape[1] != -(-columns // (32 // spec.bits)):
-            raise FormatError(f"weight_packed has {words.shape[1]} words a row; {columns} codes of {spec.bits} bits need {packed_words(columns, spec.bits)}")
+            needed = packed_words(columns, spec.bits)
+            raise FormatError(f"weight_packed has {words.shape[1]} words a row; {columns} codes of {spec.bits} bits need {needed}")
         read = unpack if dense else unpack_whole
         zero = None
         if not spec.symmetric:
@@ -137,7 +138,8 @@ def _scheme_of(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
     layout = group.get("format") or config.get("format")
     weights = group["weights"]
     if weights.get("type") != "int" or layout not in (_PACKED, _INT):
-        raise FormatError(f"compressed-tensors layout {layout!r} with {weights.get('type')} weights is not read yet; quantkit reads {_PACKED} and {_INT}")
+        kind = weights.get("type")
+        raise FormatError(f"compressed-tensors layout {layout!r} with {kind} weights is not read yet; quantkit reads {_PACKED} and {_INT}")
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
     if strategy not in ("group", "channel"):
         raise FormatError(f"compressed-tensors strategy {strategy!r} is not read yet; quantkit reads group and channel")

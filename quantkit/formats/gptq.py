@@ -51,7 +51,7 @@ class GPTQ:
         return ("qweight", "qzeros", "scales", "g_idx")
 
     def encode(self, q: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
-        rows, columns = q.shape
+        columns = q.shape[1]
         zero = torch.full_like(q.scale, q.spec.mid_code, dtype=torch.int16) if q.zero is None else q.zero.to(torch.int16)
         group_of_column = q.group_of_column
         if group_of_column is None:
@@ -73,8 +73,9 @@ class GPTQ:
         scale = parts["scales"].T.contiguous()
         rows = scale.shape[0]
         columns = len(parts["g_idx"]) if "g_idx" in parts else parts["qweight"].shape[0] * 32 // spec.bits
-        if parts["qweight"].shape != (packed_words(columns, spec.bits), rows):
-            raise FormatError(f"qweight is {list(parts['qweight'].shape)}; {rows} x {columns} codes of {spec.bits} bits need {[packed_words(columns, spec.bits), rows]}")
+        shape, needed = list(parts["qweight"].shape), [packed_words(columns, spec.bits), rows]
+        if shape != needed:
+            raise FormatError(f"qweight is {shape}; {rows} x {columns} codes of {spec.bits} bits need {needed}")
         zero = None
         if not spec.symmetric:
             zero = (unpack(parts["qzeros"], spec.bits, rows).T.to(torch.int16) + self.zero_offset).contiguous()

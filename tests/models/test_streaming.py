@@ -12,16 +12,18 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.models.architecture import describe, load_config
 from quantkit.models.streaming import BlockRunner
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2,         "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
 FAMILIES = {
-    "llama": SMALL, "mistral": SMALL | {"sliding_window": 8}, "qwen2": SMALL | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "llama": SMALL, "mistral": SMALL | {"sliding_window": 8},
+    "qwen2": SMALL | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": SMALL, "gemma": SMALL, "gemma2": SMALL | {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": SMALL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "phi3": SMALL, "olmo2": SMALL, "cohere": SMALL, "stablelm": SMALL, "granite": SMALL, "starcoder2": SMALL, "smollm3": SMALL,
     "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
-    "gpt_neox": SMALL, "opt": SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "gpt_neox": SMALL, "opt": SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     "falcon": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "alibi": False},
     "mixtral": SMALL | MOE, "qwen2_moe": SMALL | MOE | {"shared_expert_intermediate_size": 32}, "qwen3_moe": SMALL | MOE, "olmoe": SMALL | MOE,
 }
