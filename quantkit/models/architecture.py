@@ -127,7 +127,7 @@ def _require_decoder(config: PretrainedConfig) -> None:
         raise SourceError(f"{config.model_type} is an encoder-decoder model ({', '.join(named)}); quantkit converts decoder-only language models")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if named and not remote and not any(name in causal for name in named):
-        raise SourceError(f"{', '.join(named)} is no causal language model; quantkit converts decoders such as LlamaForCausalLM")
+        raise SourceError(f"{', '.join(named)} is no causal language model; quantkit converts decoder-only models such as LlamaForCausalLM")
     if not named and not remote and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise SourceError(f"model type {config.model_type!r} has no causal language model in transformers")
 
