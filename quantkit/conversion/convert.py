@@ -241,8 +241,15 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
     return {
         "source fingerprint": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.name, **rules, "fallback": prepared.recipe.fallback,
         "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data,
-        "device": prepared.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "quantkit": version("quantkit"),
+        "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
     }  # fmt: skip
+
+
+def _device_name(device: torch.device) -> str:
+    """What sums are rounded by: the kind of GPU, or the instructions this CPU's kernels were chosen for."""
+    cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return f"{torch.cuda.get_device_name(device)}, {cpu}" if device.type == "cuda" else cpu
 
 
 def _work(prepared: Prepared, place: Workplace, rows: CalibrationSet | None, partial: Path) -> tuple[list[LayerResult], DivergenceResult | None]:

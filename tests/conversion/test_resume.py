@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,14 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bytes(recipe: str, stori
         killed = launch(*arguments(stories, out, tokens, recipe), after=instant)
 
         assert killed.code in (-9, 0), killed.stderr
-        assert not out.exists() or contents(out).items() >= expected.items(), f"killed after {instant:.2f} s"
+        is_whole = out.exists()
+        assert not is_whole or contents(out).items() >= expected.items(), f"killed after {instant:.2f} s"
         if partial.exists() and not (partial / "config.json").exists():
             with pytest.raises(QuantkitError):
                 OpenedCheckpoint(partial)
-        if not out.exists():
-            again = launch(*arguments(stories, out, tokens, recipe))
-            assert again.code == 0, again.stderr
-            assert contents(out) == expected, f"killed after {instant:.2f} s"
+        again = launch(*arguments(stories, out, tokens, recipe))
+        assert again.code == (1 if is_whole else 0), again.stderr
+        assert contents(out) == expected and not partial.exists(), f"killed after {instant:.2f} s"
         shutil.rmtree(out)
 
 
@@ -140,6 +141,22 @@ def test_other_options_are_refused_by_name_and_lose_nothing(change: str, stories
 
     assert "--fresh" in str(caught.value)
     assert contents(partial) == before
+
+
+def test_another_machine_is_refused(stories: Path, tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(stories, tmp_path / "out", options())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "VSX")
+
+    with pytest.raises(OutputError, match="device was \"cpu .*\" and is now \"cpu VSX\""):
+        convert(str(stories), tmp_path / "out", options())
+
+
+def test_another_transformers_is_refused(stories: Path, tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(stories, tmp_path / "out", options())
+    monkeypatch.setattr("quantkit.conversion.convert.version", lambda name: "99.0" if name == "transformers" else version(name))
+
+    with pytest.raises(OutputError, match="transformers was .* and is now \"99.0\""):
+        convert(str(stories), tmp_path / "out", options())
 
 
 def test_another_source_is_refused(copied: Path, tmp_path: Path, options: Options) -> None:
