@@ -47,6 +47,7 @@ def prepare(out: Path, *, overwrite: bool = False, fresh: bool = False) -> Path:
         OutputError: OUT exists, another run is writing it, or its place cannot be written.
     """
     target = _target(out)
+    _tidy(target)
     _check_target(target, overwrite=overwrite)
     partial = partial_folder(target)
     with disk_errors(partial):
@@ -70,7 +71,8 @@ def finish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
     """Make the partial folder durable and rename it to OUT in one step; then release it.
 
     A model that OUT holds is moved aside first and deleted last, so at every instant the old or the new one is whole on the disk;
-    `prepare` puts it back if the machine stops between the two renames.
+    `prepare` puts it back if the machine stops between the two renames. The ledger goes after the rename, since before it a stop would leave
+    work that nothing vouches for; the lock file goes last, so that one in OUT tells `prepare` of leftovers to tidy.
 
     Raises:
         OutputError: OUT has come to exist since `prepare`, or the disk refuses.
@@ -85,10 +87,7 @@ def finish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
             os.rename(target, aside)
         os.rename(partial, target)
         sync_folder(target.parent)
-        for name in (LEDGER_FILE, _LOCK_FILE):
-            (target / name).unlink(missing_ok=True)
-        if aside.exists():
-            shutil.rmtree(aside)
+        _drop_leftovers(target)
     release(partial)
 
 
@@ -148,6 +147,29 @@ def _lock(partial: Path, target: Path) -> None:
         os.close(descriptor)
         raise OutputError(f"another run has just finished {target}; choose another output, or replace it with --overwrite")
     _held[partial] = descriptor
+
+
+def _tidy(target: Path) -> None:
+    """Do the end of a `finish` that was stopped after OUT became whole; nothing while another run is still at it."""
+    if not (target / "config.json").is_file() or not (target / _LOCK_FILE).is_file():
+        return
+    with disk_errors(target):
+        descriptor = os.open(target / _LOCK_FILE, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _drop_leftovers(target)
+        except BlockingIOError:
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _drop_leftovers(target: Path) -> None:
+    aside = _aside(target)
+    if aside.exists():
+        shutil.rmtree(aside)
+    for name in (LEDGER_FILE, _LOCK_FILE):
+        (target / name).unlink(missing_ok=True)
 
 
 def _recover(target: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,44 @@ def test_stop_in_the_middle_of_an_overwrite_is_mended_by_the_next_run(
     release(partial)
     assert (out / "config.json").read_text() == "new"
     assert {path.name for path in tmp_path.iterdir()} <= {"out", "out.partial"}
+
+
+@pytest.mark.parametrize("stop_at", ["sync_folder", "rmtree", "unlink"])
+@pytest.mark.parametrize("again", [{}, {"overwrite": True}], ids=["refused", "overwriting"])
+def test_leftovers_of_a_finished_output_are_tidied_by_the_next_run(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str, again: dict[str, bool]
+) -> None:
+    _model(out, "old")
+    partial = _model(prepare(out, overwrite=True), "new")
+    (partial / "ledger.json").write_text("{}")
+    real = {"sync_folder": output.sync_folder, "rmtree": output.shutil.rmtree, "unlink": Path.unlink}[stop_at]
+
+    def stop(path: Path, *arguments: object, **settings: object) -> None:
+        if (out / "ledger.json").exists() and path in (out.parent, out.with_name(".out.quantkit-replaced"), out / "ledger.json"):
+            raise KeyboardInterrupt
+        real(path, *arguments, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr({"sync_folder": output, "rmtree": output.shutil, "unlink": Path}[stop_at], stop_at, stop)
+        finish(partial, out, overwrite=True)
+    release(partial)
+    assert _tree(out) == [".quantkit-lock", "config.json", "ledger.json"]
+
+    with nullcontext() if again else pytest.raises(OutputError, match="--overwrite"):
+        prepare(out, **again)
+    release(partial)
+
+    assert _tree(tmp_path) == ["out/config.json"] and (out / "config.json").read_text() == "new"
+
+
+def test_a_run_in_the_middle_of_finishing_is_not_tidied(out: Path) -> None:
+    partial = _model(prepare(out), "new")
+    os.rename(partial, out)
+
+    with pytest.raises(OutputError, match="exists"):
+        prepare(out)
+
+    assert _tree(out) == [".quantkit-lock", "config.json"]
 
 
 def test_overwrite_never_deletes_what_is_not_a_model(out: Path) -> None:
