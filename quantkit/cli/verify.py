@@ -9,7 +9,7 @@ import click
 @click.argument("out")
 @click.option("--against", metavar="SRC", help="The original: adds layer errors, equality of what was not quantized, and KL divergence.")
 @click.option("--tokens", "num_tokens", type=int, default=4096, show_default=True, help="Tokens for the KL divergence.")
-@click.option("--text", help="What the tokens are of: a file, folder or data set.  [default: the built-in calibration mix]")
+@click.option("--text", help="What the tokens are of: a file, folder or data set.  [default: what the built-in mix never calibrates on]")
 @click.option("--no-kl", is_flag=True, help="Leave the KL divergence out.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")

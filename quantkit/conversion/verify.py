@@ -44,7 +44,7 @@ class VerifyOptions:
 
     Attributes:
         num_tokens: tokens for the KL divergence from the original; 0 leaves it out.
-        text: what the tokens are of: a file, folder or data set as for calibration; None for the built-in mix.
+        text: what the tokens are of: a file, folder or data set as for calibration; None for the part of the built-in mix that never calibrates.
         device: "auto" takes a GPU where there is one.
     """
 
@@ -191,7 +191,7 @@ def _rows(source: OpenedCheckpoint, architecture: Architecture, options: VerifyO
     seq_len = min(_ROW, architecture.context)
     num_rows = -(-options.num_tokens // seq_len)
     wanted = CalibrationOptions(source=options.text, num_samples=num_rows * _SPREAD, seq_len=seq_len)
-    texts = load_calibration(wanted, tokenizer, context=architecture.context)
+    texts = load_calibration(wanted, tokenizer, context=architecture.context, held_out=True)
     if int(texts.input_ids.max()) >= int(architecture.config.get_text_config().vocab_size):
         raise CheckpointError("the tokenizer has more tokens than the model's vocabulary")
     step = max(1, len(texts.input_ids) // num_rows)

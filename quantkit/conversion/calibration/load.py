@@ -21,12 +21,13 @@ MIN_BUDGET = 32 << 20
 BYTES_PER_TOKEN_READ = 48  # about twelve times the text that is needed: enough to choose from at random
 
 
-def load_calibration(options: CalibrationOptions, tokenizer: Any, *, context: int) -> CalibrationSet:
+def load_calibration(options: CalibrationOptions, tokenizer: Any, *, context: int, held_out: bool = False) -> CalibrationSet:
     """The rows to calibrate on; the same options, file and tokenizer give the same rows.
 
     Args:
         tokenizer: The model's, with its chat template.
         context: The most tokens the model takes at once.
+        held_out: Of the built-in mix, take the documents that are never calibrated on; other sources have none and are read whole.
 
     Raises:
         CalibrationError: The source is missing, unreadable or empty, or does not fill one row. Fewer rows than asked are made, and
@@ -37,7 +38,7 @@ def load_calibration(options: CalibrationOptions, tokenizer: Any, *, context: in
         raise CalibrationError(f"seq_len {seq_len} is beyond the model's context of {context} tokens; use {context} or less")
     needed = options.num_samples * seq_len
     budget = Budget(max(MIN_BUDGET, needed * BYTES_PER_TOKEN_READ))
-    name, records = open_source(options.source, budget, options.seed)
+    name, records = open_source(options.source, budget, options.seed, held_out=held_out)
     reader = Documents(options, name)
     try:
         documents: list[Document] = list(reader.read(records))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quantkit.conversion.calibration.default import DEFAULT_NAME, default_path
+from quantkit.conversion.calibration.default import DEFAULT_NAME, default_path, is_held_out
 from quantkit.conversion.calibration.records import READERS, Budget, Record, file_kind, join_articles, read_records
 from quantkit.errors import CalibrationError, did_you_mean
 
@@ -28,12 +28,16 @@ KNOWN_DATASETS = {
 SHUFFLE_BUFFER = 2_000
 
 
-def open_source(source: str | None, budget: Budget, seed: int) -> tuple[str, Iterator[Record]]:
-    """(name for people, records). Raises CalibrationError when there is no such thing, before anything is read."""
+def open_source(source: str | None, budget: Budget, seed: int, *, held_out: bool = False) -> tuple[str, Iterator[Record]]:
+    """(name for people, records). Raises CalibrationError when there is no such thing, before anything is read.
+
+    Args:
+        held_out: of the built-in mix, the documents that are never calibrated on instead of all others.
+    """
     rng = random.Random(seed)
     if source is None:
-        path = default_path()
-        return DEFAULT_NAME, read_records(path, budget, rng)
+        records = read_records(default_path(), budget, rng)
+        return DEFAULT_NAME, (record for record in records if is_held_out(record) == held_out)
     path = Path(source).expanduser()
     if path.is_dir():
         return str(path), _folder(path, budget, rng)

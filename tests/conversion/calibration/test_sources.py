@@ -14,6 +14,7 @@ from quantkit.conversion.calibration import KNOWN_DATASETS, CalibrationOptions, 
 from quantkit.conversion.calibration import sources as sources_module
 from quantkit.conversion.calibration.default import default_path
 from quantkit.conversion.calibration.records import SECTION, Budget, join_articles, read_records, sections
+from quantkit.conversion.calibration.sources import open_source
 from quantkit.errors import CalibrationError, UsageError
 
 TEXTS = [f"Document number {i} speaks of the sea, of the wind and of {i * i} gulls — and ends." for i in range(40)]
@@ -266,6 +267,17 @@ def test_the_built_in_mix_ships_and_is_never_a_toy():
     assert total > 3_000_000
     assert set(kinds) == {"prose", "dialogue", "code", "mathematics", "multilingual"}
     assert min(kinds.values()) > 0.05 * total
+
+
+def test_what_is_held_out_of_the_built_in_mix_is_never_calibrated_on():
+    def texts(seed: int, *, held_out: bool) -> set[str]:
+        _, records = open_source(None, Budget(1 << 30), seed, held_out=held_out)
+        return {json.dumps(record.get("text") or record["messages"]) for record in records}
+
+    calibrating, measuring = texts(0, held_out=False) | texts(1, held_out=False), texts(0, held_out=True)
+
+    assert not calibrating & measuring
+    assert 1 / 20 < len(measuring) / len(calibrating) < 1 / 12
 
 
 def test_the_built_in_mix_fills_the_default_rows(reference_tokenizer):
