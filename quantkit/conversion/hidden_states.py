@@ -44,7 +44,7 @@ class HiddenStates:
             self.states[batch] = self.through(runner, index, batch).to(self.states.device)
 
     def through(self, runner: BlockRunner, index: int, batch: slice) -> Tensor:
-        return runner.block(index, self.states[batch], self.rows.position_ids[batch])
+        return runner.block(index, self.states[batch], self.rows.input_ids[batch], self.rows.position_ids[batch])
 
     def close(self) -> None:
         if self._file is not None:

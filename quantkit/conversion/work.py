@@ -29,6 +29,7 @@ from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows
+from quantkit.models.experts import skipping_padding
 from quantkit.models.streaming import BlockRunner, decoder_linears
 
 _LOGITS_AT_ONCE = 1 << 25
@@ -184,7 +185,7 @@ class CalibratedWork:
         for states in (self.calibration, *self.measured):
             states.embed(self.runner)
         rows = self.calibration.rows
-        self.runner.settle(self.calibration.states[:1].to(self.runner.device), rows.position_ids[:1].to(self.runner.device))
+        self.runner.settle(self.calibration.states, rows.input_ids, rows.position_ids)
         self.runner.unload_outside()
 
     def _quantize(self, index: int, block: Block) -> list[LayerResult]:
@@ -192,7 +193,8 @@ class CalibratedWork:
         modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
         collector = HessianCollector(modules)
         for batch in self.calibration.batches():
-            with collector.watching(self.calibration.rows.valid[batch]):
+            valid = self.calibration.rows.valid[batch]
+            with collector.watching(valid), skipping_padding(block.module, valid):
                 self.calibration.through(self.runner, index, batch)
         results, names = [], []
         for group, statistics in collector.shared():
@@ -233,10 +235,7 @@ class CalibratedWork:
         for row in range(len(rows.input_ids)):
             for start in range(0, length, step):
                 at = (slice(row, row + 1), slice(start, start + step))
-                baseline, quantized = (self._logits(states.states[at], rows.position_ids[at]) for states in self.measured)
+                baseline, quantized = (self.runner.logits(states.states[at], rows.input_ids[at], rows.position_ids[at]) for states in self.measured)
                 divergence.add(baseline, quantized, rows.targets[at].to(baseline.device), rows.counted[at].to(baseline.device))
         self.runner.unload_outside()
         return divergence.result()
-
-    def _logits(self, states: Tensor, position_ids: Tensor) -> Tensor:
-        return self.runner.logits(states, position_ids)

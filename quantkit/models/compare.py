@@ -139,7 +139,7 @@ def _logits(
         logits = []
         for model, runner, states in zip(models, runners, hidden, strict=True):
             with _outside_inputs_quantized(model):
-                logits.append(runner.logits(states[start : start + rows_at_once], part.position_ids))
+                logits.append(runner.logits(states[start : start + rows_at_once], part.input_ids, part.position_ids))
         yield logits, part
     for runner in runners:
         runner.unload_outside()
@@ -151,14 +151,14 @@ def _last_hidden(model: StreamedModel, runner: BlockRunner, rows: TokenRows, bat
     parts = [_rows(rows, start, start + batch_size) for start in starts]
     runner.load_outside(model.weights)
     hidden = torch.cat([runner.embed(part.input_ids, part.position_ids).cpu() for part in parts])
-    runner.settle(hidden[:1].to(runner.device), rows.position_ids[:1].to(runner.device))
+    runner.settle(hidden, rows.input_ids, rows.position_ids)
     runner.unload_outside()
     blocks = model.architecture.blocks
     for index, block in enumerate(blocks):
         runner.load(block.path, model.weights)
         with fake_quantize_inputs(decoder_linears(block, model.architecture.model), model.schemes):
             for start, part in zip(starts, parts, strict=True):
-                hidden[start : start + batch_size] = runner.block(index, hidden[start : start + batch_size], part.position_ids).cpu()
+                hidden[start : start + batch_size] = runner.block(index, hidden[start : start + batch_size], part.input_ids, part.position_ids).cpu()
         runner.unload(block.path)
         if not torch.isfinite(hidden).all():
             fault = "NaN" if torch.isnan(hidden).any() else "infinite values"

@@ -7,7 +7,7 @@ that block has answered. So nothing but hidden states is kept between blocks, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SourceError
 from quantkit.models.architecture import Architecture, Block
+
+_FEW_TOKENS = 4
 
 
 class Weights(Protocol):
@@ -76,7 +78,7 @@ class BlockRunner:
         with self._blocks_replaced(lambda index, hidden, *_: _answer(hidden)), self._stopping() as stop:
             return stop(input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device))
 
-    def block(self, index: int, hidden: Tensor, position_ids: Tensor) -> Tensor:
+    def block(self, index: int, hidden: Tensor, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Hidden states [B, T, H] after block `index`, whose weights must be loaded."""
 
         def forward(at: int, passing: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,33 +89,55 @@ class BlockRunner:
 
         hidden = hidden.to(self.device)
         with self._blocks_replaced(forward), self._embedding_replaced(hidden), self._stopping() as stop:
-            return stop(input_ids=self._blank_ids(hidden), position_ids=position_ids.to(self.device))
+            return stop(input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device))
 
-    def logits(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Logits [B, T, V] in float32 from the hidden states that leave the last block. Needs `load_outside`."""
         hidden = hidden.to(self.device)
         with self._blocks_replaced(lambda index, passing, *_: self._pass(hidden)), self._embedding_replaced(hidden):
-            out = self._forward(input_ids=self._blank_ids(hidden), position_ids=position_ids.to(self.device))
+            out = self._forward(input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device))
         return out.logits.float()
 
-    def settle(self, hidden: Tensor, position_ids: Tensor) -> None:
-        """Learn once whether this family's blocks return a tensor or a tuple, by trying with all of them passed through."""
+    def settle(self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor) -> None:
+        """Learn once whether this family's blocks return a tensor or a tuple, and that they read nothing of earlier states but what is passed on.
+
+        Both are tried on the first few tokens with every block passed through, so the blocks' weights are not needed.
+
+        Raises:
+            SourceError: the family cannot be run block by block.
+        """
+        hidden, input_ids, position_ids = (x[:1, :_FEW_TOKENS].to(self.device) for x in (hidden, input_ids, position_ids))
+        generator = torch.Generator().manual_seed(0)
+        states = [torch.randn(hidden.shape, generator=generator).to(hidden) for _ in range(2)]
+        name = type(self.architecture.model).__name__
         for returns_tuple in (False, True):
             self._returns_tuple = returns_tuple
-            seen: list[torch.Size] = []
-
-            def record(index: int, passing: Tensor, *_: Any, seen: list[torch.Size] = seen) -> Any:
-                seen.append(passing.shape)
-                return self._pass(hidden)
-
             try:
-                with self._blocks_replaced(record), self._embedding_replaced(hidden):
-                    out = self._forward(input_ids=self._blank_ids(hidden), position_ids=position_ids)
-            except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+                first, second = (self._given(state, input_ids, position_ids) for state in states)
+            except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError):
                 continue
-            if all(shape == hidden.shape for shape in seen) and out.logits.shape[:2] == hidden.shape[:2]:
-                return
-        raise SourceError(f"{type(self.architecture.model).__name__} cannot be run block by block: its blocks pass on more than hidden states")
+            if not all(is_passed_on for is_passed_on, _ in first):
+                continue
+            if len(first) != len(second) or not all(_is_same(a, b) for (_, a), (_, b) in zip(first, second, strict=True)):
+                raise SourceError(f"{name} cannot be run block by block: its blocks read more than hidden states, such as the embeddings")
+            return
+        raise SourceError(f"{name} cannot be run block by block: its blocks pass on more than hidden states")
+
+    def _given(self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor) -> list[tuple[bool, Any]]:
+        """For each call of a block: whether it is handed just the states that the one before passed on, and what else it is handed."""
+        given: list[tuple[bool, Any]] = []
+        passing_on: list[Tensor] = []
+
+        def record(index: int, passing: Tensor, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            is_next = index == len(given) and passing.shape == hidden.shape
+            given.append((is_next and (not passing_on or torch.equal(passing, passing_on[-1])), _copied((args, kwargs))))
+            passing_on.append(hidden * (index + 2))
+            return self._pass(passing_on[-1])
+
+        with self._blocks_replaced(record), self._embedding_replaced(hidden):
+            out = self._forward(input_ids=input_ids, position_ids=position_ids)
+        is_whole = len(given) == len(self.architecture.blocks) and out.logits.shape[:2] == hidden.shape[:2]
+        return [*given, (is_whole, None)]
 
     def _pass(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
@@ -149,15 +173,12 @@ class BlockRunner:
         """Let the token embedding answer with these states; what families add or scale afterwards never reaches a block."""
         embedding = self.architecture.model.get_input_embeddings()
         width = getattr(embedding, "embedding_dim", hidden.shape[-1])
-        answer = hidden if width == hidden.shape[-1] else hidden.new_zeros((*hidden.shape[:2], width))
+        answer = hidden if width == hidden.shape[-1] else hidden[..., :1].expand(*hidden.shape[:2], width)
         embedding.forward = lambda *args, **kwargs: answer
         try:
             yield
         finally:
             del embedding.forward
-
-    def _blank_ids(self, hidden: Tensor) -> Tensor:
-        return torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
 
     def _set(self, module: nn.Module, name: str, path: str, parameter: Tensor, weights: Weights) -> None:
         found = self.architecture.find(path, weights)
@@ -182,6 +203,25 @@ def decoder_linears(block: Block, model: nn.Module) -> dict[str, nn.Module]:
 
 def _answer(output: Tensor) -> Any:
     raise _Answered(output)
+
+
+def _copied(given: Any) -> Any:
+    """The tensors in what a block was given, as they are now."""
+    if isinstance(given, Tensor):
+        return given.clone()
+    if isinstance(given, Mapping):
+        return {key: _copied(value) for key, value in given.items()}
+    return [_copied(value) for value in given] if isinstance(given, list | tuple) else None
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    return a is b
 
 
 def _bound(forward: Callable[..., Any], index: int, original: Callable[..., Any]) -> Callable[..., Any]:

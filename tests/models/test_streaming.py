@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.errors import SourceError
 from quantkit.models.architecture import describe, load_config
 from quantkit.models.streaming import BlockRunner
 
@@ -29,9 +31,19 @@ FAMILIES = {
 }
 
 
+OUTSIDE = {
+    "gemma4_text": SMALL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "full_attention"], "global_head_dim": 8,
+                            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0},
+    "zamba2": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"],
+               "num_attention_heads": 4, "num_mem_blocks": 1, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_expand": 2,
+               "intermediate_size": 64, "use_long_context": False, "adapter_rank": 4, "chunk_size": 8},
+}  # fmt: skip
+"""Families whose blocks read the embeddings beside the hidden states."""
+
+
 def save_random(family: str, folder: Path) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **(FAMILIES | OUTSIDE)[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
@@ -39,26 +51,39 @@ def save_random(family: str, folder: Path) -> torch.nn.Module:
     return model
 
 
+def stream(folder: Path, ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits, block by block."""
+    reader = CheckpointReader(folder)
+    runner = BlockRunner(describe(load_config(folder), reader))
+    runner.load_outside(reader)
+    hidden = runner.embed(ids, positions)
+    runner.settle(hidden, ids, positions)
+    for index, block in enumerate(runner.architecture.blocks):
+        runner.load(block.path, reader)
+        hidden = runner.block(index, hidden, ids, positions)
+        runner.unload(block.path)
+    return runner.logits(hidden, ids, positions)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> None:
     whole = save_random(family, tmp_path)
-    reader = CheckpointReader(tmp_path)
-    runner = BlockRunner(describe(load_config(tmp_path), reader))
     ids = torch.randint(3, 64, (2, 20))
     positions = torch.arange(20).expand(2, 20)
 
-    runner.load_outside(reader)
-    hidden = runner.embed(ids, positions)
-    runner.settle(hidden, positions)
-    for index, block in enumerate(runner.architecture.blocks):
-        runner.load(block.path, reader)
-        hidden = runner.block(index, hidden, positions)
-        runner.unload(block.path)
-    logits = runner.logits(hidden, positions)
+    logits = stream(tmp_path, ids, positions)
 
     with torch.no_grad():
         expected = whole(input_ids=ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", OUTSIDE)
+def test_blocks_that_read_the_embeddings_are_refused(family: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path)
+
+    with pytest.raises(SourceError, match="cannot be run block by block: its blocks read more than hidden states"):
+        stream(tmp_path, torch.randint(3, 64, (2, 20)), torch.arange(20).expand(2, 20))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
