@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from quantkit.cli.tables import results_console
 from quantkit.conversion.convert import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult
 
-console = Console(stderr=True)
-results = Console(highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, markup=False)
 
 
 class ConvertProgress:
@@ -22,7 +22,8 @@ class ConvertProgress:
 
     def __init__(self) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(elapsed_when_finished=False), console=console,
             disable=not console.is_terminal,
         )  # fmt: skip
@@ -49,12 +50,12 @@ class ConvertProgress:
         detail = f"block {index}  mean error {mean:.2e}{'  (done before)' if resumed else ''}"
         self._bar.update(self._task, completed=index + 1, detail=detail)
         if not self._bar.console.is_terminal:
-            console.print(detail, highlight=False)
+            console.print(detail)
 
 
 def show_plan(prepared: Prepared) -> None:
     """What a dry run prints."""
-    plan = prepared.plan
+    plan, results = prepared.plan, results_console()
     table = Table(title=f"{prepared.origin.name} by {prepared.recipe.name} to {plan.format.name}", title_justify="left")
     for column in ("scheme", "layers", "weights"):
         table.add_column(column, justify="left" if column == "scheme" else "right")
@@ -65,7 +66,7 @@ def show_plan(prepared: Prepared) -> None:
     for name, count in kinds.items():
         table.add_row(name, f"{count:,}", f"{weights[name]:,}")
     results.print(table)
-    _show_notes({f"{name}: {layer.note}" for name, layer in plan.layers.items() if layer.note}, plan.left_alone)
+    _show_notes(results, {f"{name}: {layer.note}" for name, layer in plan.layers.items() if layer.note}, plan.left_alone)
     results.print(
         f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, "
         f"{plan.linear_bpw:.3f} bits per weight in quantized layers, {plan.file_bpw:.3f} over the file"
@@ -75,6 +76,7 @@ def show_plan(prepared: Prepared) -> None:
 
 def show_report(report: ConversionReport) -> None:
     """The table at the end of a conversion."""
+    results = results_console()
     table = Table(title=f"{report.output}: {report.source} by {report.recipe} as {report.format}", title_justify="left", show_header=False)
     ratio = report.bytes_before / max(1, report.bytes_after)
     table.add_row("size", f"{_megabytes(report.bytes_before)} -> {_megabytes(report.bytes_after)} ({ratio:.2f}x smaller)")
@@ -91,10 +93,10 @@ def show_report(report: ConversionReport) -> None:
     results.print(table)
     if report.calibration:
         results.print(report.calibration)
-    _show_notes({f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)
+    _show_notes(results, {f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)
 
 
-def _show_notes(notes: set[str], left_alone: dict[str, str]) -> None:
+def _show_notes(results: Console, notes: set[str], left_alone: dict[str, str]) -> None:
     for line in _condensed(notes):
         results.print(f"note: {line}")
     by_reason: dict[str, list[str]] = {}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
+from quantkit.cli import progress
 from quantkit.cli.main import main
+from quantkit.conversion.report import LayerResult
 from quantkit.formats.opened import OpenedCheckpoint
 from tests.conversion.conftest import save_tiny
 
@@ -109,6 +113,27 @@ def test_options_reach_the_conversion(tiny: Path, tmp_path: Path, capsys: Captur
         "down_proj": "w8a16",
     }
     assert opened.dtype == torch.bfloat16 and len(opened.reader.files) > 2
+
+
+@pytest.mark.parametrize("pattern", ["[qk]_proj", "q_proj[/]?", "[bold]?q_proj"])
+def test_what_the_user_wrote_is_shown_as_written(pattern: str, tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", *DATA_FREE, "--ignore", pattern, "--dry-run")
+    convert(tiny, "-o", tmp_path / "[red]out", *DATA_FREE, "--ignore", pattern)
+
+    plan, report = capsys.readouterr().out.split("needs no calibration data")
+    assert pattern in plan and pattern in report and "[red]out" in "".join(report.split())
+
+
+def test_a_terminal_shows_the_words_of_a_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=200, markup=False))
+
+    with progress.ConvertProgress() as bar:
+        bar.started(1)
+        bar.stage("reading [/]")
+        bar.layer(LayerResult("model.[bold]x[/]", "w4a16", 1e-3, 1e-2))
+
+    assert "model.[bold]x[/]" in screen.getvalue()
 
 
 def test_overwrite_fresh_and_requantize_reach_it_too(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
