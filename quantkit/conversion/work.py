@@ -29,7 +29,6 @@ from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows
-from quantkit.models.experts import skipping_padding
 from quantkit.models.streaming import BlockRunner, decoder_linears
 
 _LOGITS_AT_ONCE = 1 << 25
@@ -193,8 +192,7 @@ class CalibratedWork:
         modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
         collector = HessianCollector(modules)
         for batch in self.calibration.batches():
-            valid = self.calibration.rows.valid[batch]
-            with collector.watching(valid), skipping_padding(block.module, valid):
+            with collector.watching(self.calibration.rows.valid[batch]):
                 self.calibration.through(self.runner, index, batch)
         results, names = [], []
         for group, statistics in collector.shared():
