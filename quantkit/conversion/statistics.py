@@ -31,7 +31,11 @@ class HessianCollector:
 
     @contextmanager
     def watching(self, valid: Tensor) -> Iterator[None]:
-        """Record during one forward pass. `valid` is bool [B, T]: padding is not counted where tokens keep their places."""
+        """Record during one forward pass.
+
+        Args:
+            valid: bool [B, T]; padding is not counted where tokens keep their places, and must not reach experts.
+        """
         self._valid = None if bool(valid.all()) else valid.flatten()
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._modules.items()]
         try:

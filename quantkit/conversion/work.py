@@ -29,6 +29,7 @@ from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows
+from quantkit.models.experts import skipping_padding
 from quantkit.models.streaming import BlockRunner, decoder_linears
 
 _LOGITS_AT_ONCE = 1 << 25
@@ -192,7 +193,8 @@ class CalibratedWork:
         modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
         collector = HessianCollector(modules)
         for batch in self.calibration.batches():
-            with collector.watching(self.calibration.rows.valid[batch]):
+            valid = self.calibration.rows.valid[batch]
+            with collector.watching(valid), skipping_padding(block.module, valid):
                 self.calibration.through(self.runner, index, batch)
         results, names = [], []
         for group, statistics in collector.shared():

@@ -6,6 +6,9 @@ checkpoint's shape before anything is loaded. Experts of another layout (transpo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -25,14 +28,32 @@ class Expert(nn.Module):
 class SeparateExperts(nn.ModuleList):
     """Every expert on the tokens routed to it; the signature is the fused module's own."""
 
+    valid: Tensor | None = None
+    """bool [tokens] while padding is skipped."""
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
+        if self.valid is not None:
+            top_k_index = top_k_index.masked_fill(~self.valid.to(top_k_index.device)[:, None], -1)
         for number, expert in enumerate(self):
             token, position = torch.where(top_k_index == number)
             if token.numel():
                 weighted = expert(hidden_states[token]) * top_k_weights[token, position, None]
                 out.index_add_(0, token, weighted.to(out.dtype))
         return out
+
+
+@contextmanager
+def skipping_padding(block: nn.Module, valid: Tensor) -> Iterator[None]:
+    """Route no token of the forward pass to an expert that `valid`, bool [B, T], calls padding."""
+    experts = [module for module in block.modules() if isinstance(module, SeparateExperts)]
+    for module in experts:
+        module.valid = valid.flatten()
+    try:
+        yield
+    finally:
+        for module in experts:
+            module.valid = None
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
+from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.convert import ConvertOptions, convert, plan_conversion
 from quantkit.conversion.recipe import list_recipes
+from quantkit.conversion.token_file import load_token_file
 from quantkit.errors import FormatError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import FORMATS
@@ -317,6 +319,26 @@ def test_experts_that_no_token_reached_are_rounded_without_it_and_said_so(tmp_pa
     unseen = [layer for layer in report.layers if layer.seen_tokens is None]
     assert unseen and all(".experts." in layer.name and "too few calibration tokens" in layer.note for layer in unseen)
     assert {layer.rounding for layer in unseen} == {"SearchedScales"}
+
+
+def test_padding_reaches_no_expert(tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    def padded(*args: object) -> CalibrationSet:
+        rows = load_token_file(*args)
+        rows.valid[::2, 20:] = False
+        rows.position_ids = torch.where(rows.valid, rows.position_ids, (rows.position_ids - 20).clamp(min=0))
+        return rows
+
+    save_random("qwen3_moe", tmp_path / "m")
+    save_file({"input_ids": torch.randint(3, 64, (20, 60))}, tmp_path / "rows.safetensors")
+    monkeypatch.setattr("quantkit.conversion.convert.load_token_file", padded)
+
+    wanted = options(source=str(tmp_path / "rows.safetensors"), num_samples=20, measure=False, group_size=16)
+    report = convert(str(tmp_path / "m"), tmp_path / "out", wanted)
+
+    config = AutoConfig.from_pretrained(tmp_path / "m")
+    for kind in ("gate_proj", "down_proj"):
+        seen = [layer.seen_tokens for layer in report.layers if layer.name.startswith("model.layers.1.mlp.experts.") and kind in layer.name]
+        assert sum(seen) == config.num_experts_per_tok * (10 * 60 + 10 * 20)
 
 
 # Again, and from Python
