@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.base import plan_shapes
+from quantkit.formats.name_patterns import NamePatterns, Targets
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.stored_layers import stored_shape
 from quantkit.models.architecture import Architecture
@@ -77,22 +77,19 @@ def config_problems(opened: OpenedCheckpoint, architecture: Architecture) -> lis
 
 
 def _compressed_tensors_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architecture: Architecture) -> Iterator[str]:
-    targets = [target for group in config["config_groups"].values() for target in group.get("targets", ())]
-    ignored = list(config.get("ignore") or ())
+    targets = Targets(target for group in config["config_groups"].values() for target in group.get("targets", ()))
+    ignored = Targets(config.get("ignore") or ())
     linears = _linear_names(architecture)
     modules = {name for name, _ in architecture.model.named_modules()} | linears | {name.rpartition(".")[0] for name in opened.dense_names}
-    for target in targets:
-        if target not in ("Linear", *opened.schemes) and not _matches_any(target, opened.schemes):
-            yield f"config_groups targets {target!r}, and no quantized layer has that name"
-    for name in ignored:
-        if name != "Linear" and name not in modules and not _matches_any(name, modules):
-            yield f"ignore lists {name!r}, and the model has no such layer"
+    for target in targets.idle(opened.schemes):
+        yield f"config_groups targets {target!r}, and no quantized layer has that name"
+    for entry in ignored.idle(modules):
+        yield f"ignore lists {entry!r}, and the model has no such layer"
     for name in sorted(linears - opened.schemes.keys()):
-        is_target = "Linear" in targets or any(_matches(target, name) for target in targets)
-        if is_target and not any(_matches(pattern, name) for pattern in ignored):
+        if name in targets and name not in ignored:
             yield f"{name} is not quantized, and neither is it in ignore: engines would look for its codes"
     for name in sorted(opened.schemes.keys()):
-        if any(_matches(pattern, name) for pattern in ignored):
+        if name in ignored:
             yield f"{name} is quantized, and it is in ignore: engines would look for its weight"
 
 
@@ -108,26 +105,18 @@ def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architec
             yield f"quantize_config.json and config.json differ in {', '.join(unlike)}"
     linears = _linear_names(architecture)
     dynamic = config.get("dynamic") or {}
-    for pattern in dynamic:
-        if not any(re.match(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, name) for name in linears):
-            yield f"dynamic has {pattern!r}, which matches no layer"
-    skipped = [pattern[2:] for pattern in dynamic if pattern.startswith("-:")]
+    skipped = NamePatterns({entry: entry[2:] for entry in dynamic if entry.startswith("-:")})
+    changed = NamePatterns({entry: entry.removeprefix("+:") for entry in dynamic if not entry.startswith("-:")})
+    for entry in skipped.idle(linears) + changed.idle(linears):
+        yield f"dynamic has {entry!r}, which matches no layer"
     outside = {linear.name for linear in architecture.outside}
     for name in sorted(linears - opened.schemes.keys() - outside):
-        if not any(re.match(pattern, name) for pattern in skipped):
+        if skipped.first(name) is None:
             yield f"{name} is not quantized, and dynamic does not skip it: engines would look for its codes"
 
 
 def _linear_names(architecture: Architecture) -> set[str]:
     return {linear.name for block in architecture.blocks for linear in block.linears} | {linear.name for linear in architecture.outside}
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else pattern in (name, "Linear")
-
-
-def _matches_any(pattern: str, names: Mapping[str, Any] | set[str]) -> bool:
-    return pattern.startswith("re:") and any(re.match(pattern[3:], name) for name in names)
 
 
 def _shape(opened: OpenedCheckpoint, name: str) -> tuple[int, ...] | None:

@@ -6,7 +6,6 @@ model's type. Files written before mid-2026 keep 32 // bits codes a word at 3, 5
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from quantkit.core.packing import pack, packed_words, unpack, unpack_whole
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import CHANNEL, ActivationSpec, QuantSpec, Scheme, parse_scheme
 from quantkit.errors import FormatError
+from quantkit.formats.name_patterns import NamePatterns
 
 VERSION = "0.20.0"
 _PACKED, _INT = "pack-quantized", "int-quantized"
@@ -99,12 +99,12 @@ class CompressedTensors:
         }
 
     def read_config(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-        groups = list((config.get("config_groups") or {}).values())
+        group_of = _Groups(list((config.get("config_groups") or {}).values()))
         schemes: dict[str, Scheme] = {}
         for name in names:
             module, _, part = name.rpartition(".")
             if part == "weight_packed" or (part == "weight_scale" and module not in schemes):
-                schemes[module] = _scheme_of(_matching(groups, module), config)
+                schemes[module] = _scheme_of(group_of[module], config)
         return schemes
 
 
@@ -123,15 +123,22 @@ def _group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     return {"targets": targets, "format": _layout(scheme), "weights": weights, "input_activations": activations, "output_activations": None}
 
 
-def _matching(groups: list[dict[str, Any]], module: str) -> dict[str, Any]:
+class _Groups:
     """The config group of a module: by its exact name, else by a regex, else by class."""
-    if len(groups) == 1:
-        return groups[0]
-    for test in (lambda t: t == module, lambda t: t.startswith("re:") and re.match(t[3:], module), lambda t: t == "Linear"):
-        for group in groups:
-            if any(test(target) for target in group.get("targets", ())):
-                return group
-    raise FormatError(f"quantization_config has no group for the quantized layer {module}")
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self._only = groups[0] if len(groups) == 1 else None
+        self._by_target = {target: group for group in reversed(groups) for target in group.get("targets", ())}
+        targets = [target for group in groups for target in group.get("targets", ())]
+        self._patterns = NamePatterns({target: target[3:] for target in targets if target.startswith("re:")})
+
+    def __getitem__(self, module: str) -> dict[str, Any]:
+        if self._only is not None:
+            return self._only
+        target = module if module in self._by_target else self._patterns.first(module) or "Linear"
+        if target not in self._by_target:
+            raise FormatError(f"quantization_config has no group for the quantized layer {module}")
+        return self._by_target[target]
 
 
 def _scheme_of(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:

@@ -19,6 +19,7 @@ from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import CHANNEL, QuantSpec, Scheme, parse_scheme
 from quantkit.errors import FormatError
+from quantkit.formats.name_patterns import NamePatterns
 
 _BITS = (2, 3, 4, 8)
 
@@ -96,7 +97,9 @@ class GPTQ:
 
     def read_config(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         modules = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
-        return {module: _scheme_for(config, module) for module in modules}
+        dynamic = config.get("dynamic") or {}
+        patterns = NamePatterns({entry: entry.removeprefix("+:") for entry in dynamic if not entry.startswith("-:")})
+        return {module: _scheme_of(config, dynamic.get(patterns.first(module), {})) for module in modules}
 
 
 def labelled(config: Mapping[str, Any]) -> GPTQ:
@@ -110,12 +113,9 @@ def _spec_config(scheme: Scheme) -> dict[str, Any]:
     return {"bits": spec.bits, "group_size": spec.group, "sym": spec.symmetric}
 
 
-def _scheme_for(config: Mapping[str, Any], module: str) -> Scheme:
+def _scheme_of(config: Mapping[str, Any], override: Mapping[str, Any]) -> Scheme:
     values = {"bits": config["bits"], "group_size": config.get("group_size", 128), "sym": config.get("sym", True)}
-    for pattern, override in (config.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
-            values |= {k: v for k, v in override.items() if k in values}
-            break
+    values |= {k: v for k, v in override.items() if k in values}
     suffix = "-channel" if values["group_size"] == -1 else f"-g{values['group_size']}"
     return parse_scheme(f"w{values['bits']}a16{'' if values['sym'] else '-asym'}{suffix}")
 
