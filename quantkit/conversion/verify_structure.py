@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.base import plan_shapes
+from quantkit.formats.fusion import fused_groups
 from quantkit.formats.name_patterns import NamePatterns, Targets
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.stored_layers import stored_shape
@@ -107,7 +108,8 @@ def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architec
     dynamic = config.get("dynamic") or {}
     skipped = NamePatterns({entry: entry[2:] for entry in dynamic if entry.startswith("-:")})
     changed = NamePatterns({entry: entry.removeprefix("+:") for entry in dynamic if not entry.startswith("-:")})
-    for entry in skipped.idle(linears) + changed.idle(linears):
+    known = linears | fused_groups(linears).keys()
+    for entry in skipped.idle(known) + changed.idle(known):
         yield f"dynamic has {entry!r}, which matches no layer"
     outside = {linear.name for linear in architecture.outside}
     for name in sorted(linears - opened.schemes.keys() - outside):

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from quantkit.core.scheme import CHANNEL, Scheme
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Linears that serving engines join into one, and so read with one scheme."""
+from quantkit.formats.fusion import fused_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +184,11 @@ def bits(layer: StoredLayer) -> int:
 
 
 def _fused_names(schemes: Collection[str]) -> Iterable[list[str]]:
-    groups: dict[tuple[str, int], list[str]] = {}
+    experts: dict[str, list[str]] = {}
     for name in schemes:
-        parent, _, leaf = name.rpartition(".")
         if ".experts." in name:
-            groups.setdefault((name.partition(".experts.")[0] + ".experts", -1), []).append(name)
-            continue
-        for i, fused in enumerate(FUSED):
-            if leaf in fused:
-                groups.setdefault((parent, i), []).append(name)
-    return groups.values()
+            experts.setdefault(name.partition(".experts.")[0], []).append(name)
+    return [*fused_groups(schemes).values(), *experts.values()]
 
 
 def _unlike(names: list[str], schemes: Mapping[str, str]) -> list[str]:

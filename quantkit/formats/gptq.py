@@ -2,7 +2,7 @@
 
 Layout after GPTQModel 7. `checkpoint_format: gptq` (v1) stores every zero point less one; `gptq_v2` stores it as it is. A zero point of 0 has
 no v1 form that loaders agree on, so asymmetric weights are written as v2 and labelled so; symmetric ones as v1, which everybody loads.
-Mixed schemes go into `dynamic`, an ordered map of regular expressions.
+Mixed schemes go into `dynamic`, an ordered map of regular expressions, some for layers that only an engine has (see `fusion`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import CHANNEL, QuantSpec, Scheme, parse_scheme
+from quantkit.core.scheme import CHANNEL, UNQUANTIZED, QuantSpec, Scheme, parse_scheme
 from quantkit.errors import FormatError
+from quantkit.formats.fusion import fused_groups
 from quantkit.formats.name_patterns import NamePatterns
 
 _BITS = (2, 3, 4, 8)
@@ -86,9 +87,10 @@ class GPTQ:
     def config(self, layers: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
         main = Counter(layers.values()).most_common(1)[0][0]
         assert main.weight is not None
-        dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in sorted(ignored) if name != "lm_head"}
-        for name, scheme in sorted(layers.items()):
-            if scheme != main:
+        schemes = _with_fused({name: UNQUANTIZED for name in ignored if name != "lm_head"} | dict(layers))
+        dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name, scheme in schemes.items() if not scheme.is_quantized}
+        for name, scheme in schemes.items():
+            if scheme.is_quantized and scheme != main:
                 dynamic[f"+:^{re.escape(name)}$"] = _spec_config(scheme)
         label = "gptq" if self.zero_offset else "gptq_v2"
         config = {"quant_method": "gptq", **_spec_config(main), "desc_act": False, "static_groups": False, "true_sequential": True, "lm_head": False,
@@ -105,6 +107,12 @@ class GPTQ:
 def labelled(config: Mapping[str, Any]) -> GPTQ:
     """The GPTQ format whose zero points are those of a checkpoint with this quantization_config."""
     return GPTQ(zero_offset=0 if config.get("checkpoint_format", config.get("format")) == "gptq_v2" else 1)
+
+
+def _with_fused(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """Sorted, and with the joint names of layers that vLLM joins: it looks up those alone."""
+    joint = {name: {schemes[member] for member in members} for name, members in fused_groups(schemes).items()}
+    return dict(sorted((schemes | {name: found.pop() for name, found in joint.items() if len(found) == 1}).items()))
 
 
 def _spec_config(scheme: Scheme) -> dict[str, Any]:
