@@ -38,10 +38,8 @@ def _round_alike(
     first = layers[0]
     spec = first.scheme.weight
     assert spec is not None
-    rounding, note = first.rounding, None
-    if rounding.needs_calibration and statistics is None:
-        rounding, note = get_rounding("mse"), "too few calibration tokens reached it, so its scales were searched on the weight alone"
     parts = [finite_weight(layer, weights).to(device) for layer in layers]
+    rounding, note = _affordable(first.rounding, statistics, parts[0].shape[1])
     stacked = torch.cat(parts)
     rounded = rounding(stacked, spec, plan.format.scale_dtype(model_dtype), statistics)
     start = 0
@@ -53,6 +51,15 @@ def _round_alike(
             None if statistics is None else statistics.num_tokens, "; ".join(n for n in (layer.note, note) if n) or None,
         )  # fmt: skip
         yield layer.linear.name, q, result
+
+
+def _affordable(rounding: Rounding, statistics: Statistics | None, num_inputs: int) -> tuple[Rounding, str | None]:
+    """The rounding, or the one to take in its place with why: a Hessian of less than half its inputs' number misleads GPTQ, its diagonal does not."""
+    if not rounding.needs_calibration or (statistics is not None and statistics.num_tokens >= num_inputs // 2):
+        return rounding, None
+    if statistics is None:
+        return get_rounding("mse"), "too few calibration tokens reached it, so its scales were searched on the weight alone"
+    return get_rounding("mse"), f"only {statistics.num_tokens} calibration tokens reached its {num_inputs} inputs, so its scales alone were searched"
 
 
 def finite_weight(layer: LayerPlan, weights: Weights) -> Tensor:

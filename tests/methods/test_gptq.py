@@ -13,7 +13,7 @@ from quantkit.core.scheme import CHANNEL, WEIGHT_BITS, QuantSpec
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.methods.base import Statistics
 from quantkit.methods.gptq import GPTQ, inverse_factor
-from quantkit.methods.rtn import RoundToNearest
+from quantkit.methods.rtn import RoundToNearest, SearchedScales
 
 ORDERS = ("group", "static", "none")
 
@@ -211,14 +211,21 @@ def test_a_layer_that_saw_nothing_but_zeros_is_rounded_to_nearest() -> None:
     assert q.equals(RoundToNearest()(weight, spec, torch.float16, None))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 40])
+@pytest.mark.parametrize("tokens", [96, 128])
 def test_fewer_tokens_than_inputs_still_round_well(tokens: int) -> None:
-    weight, hessian = weights(16, 96), correlated(96, tokens=tokens)
-    seen = Statistics(hessian, tokens)
+    weight, seen = weights(64, 128), Statistics(correlated(128, tokens=tokens), tokens)
+    everything = correlated(128, tokens=20_000)  # of the same distribution
 
-    q = GPTQ()(weight, QuantSpec(4, 32), torch.float16, seen)
+    q, p = (rounding(weight, QuantSpec(4, 32), torch.float16, seen) for rounding in (GPTQ(), SearchedScales()))
 
-    assert objective(weight, q, hessian).sum() <= objective(weight, RoundToNearest()(weight, QuantSpec(4, 32), torch.float16, seen), hessian).sum()
+    assert objective(weight, q, everything).sum() <= objective(weight, p, everything).sum()
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_hessian_of_almost_no_tokens_is_factored(tokens: int) -> None:
+    q = GPTQ()(weights(16, 96), QuantSpec(4, 32), torch.float16, Statistics(correlated(96, tokens=tokens), tokens))
+
+    assert bool(torch.isfinite(q.dequantize()).all())
 
 
 def test_damping_grows_until_the_hessian_can_be_factored() -> None:
