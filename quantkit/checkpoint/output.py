@@ -6,6 +6,7 @@ just before `finish`, and no loader takes a folder without one.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -17,7 +18,7 @@ from quantkit.checkpoint.ledger import LEDGER_FILE
 from quantkit.checkpoint.side_files import copy_side_files
 from quantkit.errors import OutputError
 
-__all__ = ["copy_side_files", "finish", "partial_folder", "prepare", "release"]
+__all__ = ["check", "copy_side_files", "finish", "partial_folder", "prepare", "release"]
 
 _LOCK_FILE = ".quantkit-lock"
 _held: dict[Path, int] = {}
@@ -31,6 +32,25 @@ def partial_folder(out: Path) -> Path:
     """
     target = _target(out)
     return target.with_name(target.name + ".partial")
+
+
+def check(out: Path, *, overwrite: bool = False) -> None:
+    """Refuse what `prepare` would refuse of OUT itself, and create nothing: for before a model is fetched, and for dry runs.
+
+    Raises:
+        OutputError: OUT exists, or its place cannot be written.
+    """
+    target = _target(out)
+    _tidy(target)
+    _check_target(target, overwrite=overwrite)
+    partial = partial_folder(target)
+    with disk_errors(partial):
+        _check_partial(partial)
+        place = next(folder for folder in target.parents if folder.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def prepare(out: Path, *, overwrite: bool = False, fresh: bool = False) -> Path:

@@ -67,9 +67,10 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
     from pathlib import Path
 
     from quantkit.cli.progress import ConvertProgress, console, show_plan, show_report
-    from quantkit.conversion.convert import plan_conversion, run
+    from quantkit.conversion.convert import check_output, plan_conversion, run
 
     settings = _settings(options)
+    check_output(source, Path(out), settings)
     with console.status("reading headers"):
         prepared = plan_conversion(source, settings)
     if dry_run and as_json:

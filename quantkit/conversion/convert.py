@@ -15,7 +15,7 @@ import torch
 
 from quantkit.checkpoint.disk import write_atomically
 from quantkit.checkpoint.ledger import Ledger
-from quantkit.checkpoint.output import copy_side_files, finish, prepare, release
+from quantkit.checkpoint.output import check, copy_side_files, finish, prepare, release
 from quantkit.checkpoint.side_files import side_files
 from quantkit.checkpoint.source import Source, resolve
 from quantkit.checkpoint.weight_files import some
@@ -99,6 +99,14 @@ class Silent:
     def stage(self, text: str) -> None: ...
 
 
+def check_output(source: str, out: Path, options: ConvertOptions) -> None:
+    """Refuse an output that cannot be written before anything is fetched or read; creates nothing."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _require_apart(folder, out)
+    check(out, overwrite=options.overwrite)
+
+
 def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     """Read headers and decide everything; raises the error of whatever cannot be done."""
     recipe = Recipe.load(options.recipe).changed(overrides=options.overrides, ignore=options.ignore, group_size=options.group_size)
@@ -123,6 +131,7 @@ def convert(source: str, out: str | Path, options: ConvertOptions | None = None,
         QuantkitError: one of its kinds, with nothing lost; an unfinished run goes on when the same call is made again.
     """
     options = options or ConvertOptions()
+    check_output(source, Path(out), options)
     return run(plan_conversion(source, options), Path(out), listener or Silent())
 
 
@@ -315,5 +324,3 @@ def _write_side_files(prepared: Prepared, partial: Path, report: ConversionRepor
 
 def _write_text(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
-
-

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.checkpoint import output
-from quantkit.checkpoint.output import finish, partial_folder, prepare, release
+from quantkit.checkpoint.output import check, finish, partial_folder, prepare, release
 from quantkit.checkpoint.side_files import copy_side_files, side_files
 from quantkit.errors import OutputError, SourceError
 
@@ -61,9 +61,18 @@ def test_empty_folder_is_no_obstacle(out: Path) -> None:
 
 def test_existing_output_is_refused_before_any_work(out: Path) -> None:
     _model(out, "old")
-    with pytest.raises(OutputError, match="--overwrite"):
-        prepare(out)
+    for refuse in (check, prepare):
+        with pytest.raises(OutputError, match="--overwrite"):
+            refuse(out)
     assert not partial_folder(out).exists()
+
+
+def test_checking_creates_nothing(out: Path, tmp_path: Path) -> None:
+    check(out / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    _model(out, "old")
+    check(out, overwrite=True)
+    assert _tree(tmp_path) == ["out/config.json"]
 
 
 def test_overwritten_output_stays_until_the_new_one_is_whole(out: Path, tmp_path: Path) -> None:
@@ -184,8 +193,9 @@ def test_output_that_came_to_exist_meanwhile_is_not_replaced(out: Path) -> None:
 @pytest.mark.parametrize("place", ["file", "file/below", "/"], ids=["a file", "below a file", "the root"])
 def test_impossible_places_are_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=place.replace("/below", "")):
-        prepare(tmp_path / place)
+    for refuse in (check, prepare):
+        with pytest.raises(OutputError, match=place.replace("/below", "")):
+            refuse(tmp_path / place)
 
 
 def test_place_without_permission_is_refused() -> None:
@@ -195,8 +205,9 @@ def test_place_without_permission_is_refused() -> None:
         if is_root:
             os.seteuid(65534)
         try:
-            with pytest.raises(OutputError, match=rf"cannot write {name}/out\.partial.*may not write"):
-                prepare(Path(name) / "out")
+            for refuse in (check, prepare):
+                with pytest.raises(OutputError, match=rf"cannot write {name}/out\.partial.*may not write"):
+                    refuse(Path(name) / "out")
         finally:
             if is_root:
                 os.seteuid(0)

@@ -86,6 +86,16 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny: Path, tmp_path: Path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []], ids=["dry run", "run"])
+def test_the_output_is_refused_before_the_source_is_looked_for(dry_run: list[str], tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()
+
+    convert("nowhere/at/all", "-o", tmp_path / "out", *dry_run, code=1)
+
+    assert "--overwrite" in capsys.readouterr().err
+
+
 def test_a_dry_run_speaks_json(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
     convert(tiny, "-o", tmp_path / "out", "--dry-run", "--json")
     plan = json.loads(capsys.readouterr().out)
