@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantkit.conversion.calibration import CalibrationSet
-from quantkit.models.streaming import BlockRunner
+from quantkit.models.streaming import BlockRunner, Place
 
 TOKENS_AT_ONCE = 8192
 IN_MEMORY_BYTES = 4 << 30
@@ -28,22 +27,20 @@ class HiddenStates:
         else:
             self.states = torch.from_file(str(self._file), shared=True, size=size, dtype=dtype).view(shape)
 
-    def batches(self) -> Iterator[slice]:
-        """Row ranges of about TOKENS_AT_ONCE tokens."""
-        count, length = self.rows.input_ids.shape
-        step = max(1, TOKENS_AT_ONCE // length)
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+    def batches(self, runner: BlockRunner, index: int | None) -> list[Place]:
+        """Rows of about TOKENS_AT_ONCE tokens, or single texts, for block `index` or the embedding (None)."""
+        return runner.places(index, self.rows.position_ids, max(1, TOKENS_AT_ONCE // self.rows.input_ids.shape[1]))
 
     def embed(self, runner: BlockRunner) -> None:
-        for batch in self.batches():
+        for batch in self.batches(runner, None):
             self.states[batch] = runner.embed(self.rows.input_ids[batch], self.rows.position_ids[batch])
 
     def advance(self, runner: BlockRunner, index: int) -> None:
         """Replace every row by what block `index`, with the weights it has now, makes of it."""
-        for batch in self.batches():
+        for batch in self.batches(runner, index):
             self.states[batch] = self.through(runner, index, batch).to(self.states.device)
 
-    def through(self, runner: BlockRunner, index: int, batch: slice) -> Tensor:
+    def through(self, runner: BlockRunner, index: int, batch: Place) -> Tensor:
         return runner.block(index, self.states[batch], self.rows.input_ids[batch], self.rows.position_ids[batch])
 
     def close(self) -> None:

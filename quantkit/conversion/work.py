@@ -192,7 +192,7 @@ class CalibratedWork:
         wanted = set(self.place.layers_of(block))
         modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
         collector = HessianCollector(modules)
-        for batch in self.calibration.batches():
+        for batch in self.calibration.batches(self.runner, index):
             valid = self.calibration.rows.valid[batch]
             with collector.watching(valid), skipping_padding(block.module, valid):
                 self.calibration.through(self.runner, index, batch)

@@ -147,18 +147,19 @@ def _logits(
 
 def _last_hidden(model: StreamedModel, runner: BlockRunner, rows: TokenRows, batch_size: int, progress: Progress | None) -> Tensor:
     """Hidden states [R, T, H] on the CPU that leave the last block."""
-    starts = range(0, len(rows.input_ids), batch_size)
-    parts = [_rows(rows, start, start + batch_size) for start in starts]
+    ids, positions = rows.input_ids, rows.position_ids
+    hidden = torch.empty(*ids.shape, model.architecture.config.get_text_config().hidden_size, dtype=runner.dtype)
     runner.load_outside(model.weights)
-    hidden = torch.cat([runner.embed(part.input_ids, part.position_ids).cpu() for part in parts])
-    runner.settle(hidden, rows.input_ids, rows.position_ids)
+    for at in runner.places(None, positions, batch_size):
+        hidden[at] = runner.embed(ids[at], positions[at]).cpu()
+    runner.settle(hidden, ids, positions)
     runner.unload_outside()
     blocks = model.architecture.blocks
     for index, block in enumerate(blocks):
         runner.load(block.path, model.weights)
         with fake_quantize_inputs(decoder_linears(block, model.architecture.model), model.schemes):
-            for start, part in zip(starts, parts, strict=True):
-                hidden[start : start + batch_size] = runner.block(index, hidden[start : start + batch_size], part.input_ids, part.position_ids).cpu()
+            for at in runner.places(index, positions, batch_size):
+                hidden[at] = runner.block(index, hidden[at], ids[at], positions[at]).cpu()
         runner.unload(block.path)
         if not torch.isfinite(hidden).all():
             fault = "NaN" if torch.isnan(hidden).any() else "infinite values"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,12 @@ from quantkit.errors import SourceError
 from quantkit.models.architecture import Architecture, Block
 
 _FEW_TOKENS = 4
+
+Place = tuple[slice, slice]
+"""Rows and columns of a [R, T] tensor."""
+
+_UNMIXED = 1e-5
+"""How far, relative to what a block adds to it, a text may move with another before it: rounding alone."""
 
 
 class Weights(Protocol):
@@ -43,6 +50,7 @@ class BlockRunner:
     def __init__(self, architecture: Architecture, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.architecture, self.device, self.dtype = architecture, torch.device(device), dtype
         self._returns_tuple: bool | None = None
+        self._mixes: dict[int | None, bool] = {}
         _move_buffers(architecture.model, self.device)
 
     def load(self, module_path: str, weights: Weights) -> None:
@@ -123,6 +131,33 @@ class BlockRunner:
             return
         raise SourceError(f"{name} cannot be run block by block: its blocks pass on more than hidden states")
 
+    def places(self, index: int | None, position_ids: Tensor, rows_at_once: int) -> list[Place]:
+        """What to give block `index`, or the embedding (None), at once: a few rows, or one text where it does not keep the texts of a row apart.
+
+        Texts begin where positions restart at 0. Whether the part keeps them apart is tried once; it must have its weights, and a block `settle`.
+        """
+        if bool((position_ids[:, 1:] == 0).any()):
+            if index not in self._mixes:
+                self._mixes[index] = self._embedding_mixes() if index is None else self._block_mixes(index)
+            if self._mixes[index]:
+                return text_places(position_ids)
+        return [(slice(start, start + rows_at_once), slice(None)) for start in range(0, len(position_ids), rows_at_once)]
+
+    def _embedding_mixes(self) -> bool:
+        """Whether the same text is embedded otherwise behind another."""
+        ids, positions = (torch.arange(_FEW_TOKENS).repeat(2)[None] for _ in range(2))
+        first, second = self.embed(ids, positions).chunk(2, dim=1)
+        return not torch.equal(first, second)
+
+    def _block_mixes(self, index: int) -> bool:
+        """Whether what a block makes of a text depends on another text before it."""
+        width = self.architecture.config.get_text_config().hidden_size
+        ids, positions = (torch.arange(_FEW_TOKENS).repeat(2)[None] for _ in range(2))
+        texts = torch.randn(3, 1, _FEW_TOKENS, width, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        behind = [self.block(index, torch.cat([before, texts[2]], dim=1), ids, positions)[:, _FEW_TOKENS:].float() for before in texts[:2]]
+        change = (behind[0] - behind[1]).norm()
+        return not bool(change <= _UNMIXED * (behind[0] - texts[2].to(behind[0])).norm())
+
     def _given(self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor) -> list[tuple[bool, Any]]:
         """For each call of a block: whether it is handed just the states that the one before passed on, and what else it is handed."""
         given: list[tuple[bool, Any]] = []
@@ -194,6 +229,15 @@ class BlockRunner:
             raise SourceError(f"{found} is {list(value.shape)} in the checkpoint; the config's model wants {list(parameter.shape)}")
         dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
         set_module_tensor_to_device(module, name, self.device, value=value, dtype=dtype)
+
+
+def text_places(position_ids: Tensor) -> list[Place]:
+    """Every text by itself, in order."""
+    places: list[Place] = []
+    for row, positions in enumerate(position_ids):
+        starts = [0, *((positions[1:] == 0).nonzero()[:, 0] + 1).tolist(), len(positions)]
+        places += [(slice(row, row + 1), slice(*ends)) for ends in pairwise(starts)]
+    return places
 
 
 def decoder_linears(block: Block, model: nn.Module) -> dict[str, nn.Module]:

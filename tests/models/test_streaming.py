@@ -31,6 +31,10 @@ FAMILIES = {
 }
 
 
+RECURRENT = {
+    "mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8},
+    "lfm2": SMALL | {"layer_types": ["conv", "full_attention", "conv"]},
+}
 OUTSIDE = {
     "gemma4_text": SMALL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "full_attention"], "global_head_dim": 8,
                             "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0},
@@ -43,7 +47,7 @@ OUTSIDE = {
 
 def save_random(family: str, folder: Path) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(FAMILIES | OUTSIDE)[family])
+    config = AutoConfig.for_model(family, **(FAMILIES | RECURRENT | OUTSIDE)[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
@@ -56,11 +60,14 @@ def stream(folder: Path, ids: Tensor, positions: Tensor) -> Tensor:
     reader = CheckpointReader(folder)
     runner = BlockRunner(describe(load_config(folder), reader))
     runner.load_outside(reader)
-    hidden = runner.embed(ids, positions)
+    hidden = torch.empty(*ids.shape, 32)
+    for at in runner.places(None, positions, 2):
+        hidden[at] = runner.embed(ids[at], positions[at])
     runner.settle(hidden, ids, positions)
     for index, block in enumerate(runner.architecture.blocks):
         runner.load(block.path, reader)
-        hidden = runner.block(index, hidden, ids, positions)
+        for at in runner.places(index, positions, 2):
+            hidden[at] = runner.block(index, hidden[at], ids[at], positions[at])
         runner.unload(block.path)
     return runner.logits(hidden, ids, positions)
 
@@ -76,6 +83,19 @@ def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> N
     with torch.no_grad():
         expected = whole(input_ids=ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES | RECURRENT)
+def test_texts_of_a_row_are_as_they_are_alone(family: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path)
+    ids = torch.randint(3, 64, (2, 20))
+    positions = torch.cat([torch.arange(9), torch.arange(11)]).expand(2, 20)
+    other = torch.cat([ids[:, :9].flip(1), ids[:, 9:]], dim=1)
+
+    logits, alone = stream(tmp_path, ids, positions)[:, 9:], stream(tmp_path, ids[:, 9:], positions[:, 9:])
+
+    torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits, stream(tmp_path, other, positions)[:, 9:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", OUTSIDE)
