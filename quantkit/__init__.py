@@ -46,9 +46,19 @@ def convert(source: str, out: str, **options: Any) -> ConversionReport:
 
 
 def inspect(path: str) -> Summary:
-    """What a checkpoint is: layers, schemes, bits per weight, bytes, and which engines load it."""
+    """What a checkpoint is: layers, schemes, bits per weight, bytes, and which engines load it.
+
+    Args:
+        path: folder, GGUF file, hub id, `modelscope:org/name`, or "reference".
+
+    Raises:
+        quantkit.errors.QuantkitError: there is no such checkpoint, or a file of it is damaged.
+    """
     from pathlib import Path
 
+    from quantkit.checkpoint.source import resolve
     from quantkit.formats.summary import summarize
 
-    return summarize(Path(path))
+    file = Path(path).expanduser()
+    has_gguf = file.suffix == ".gguf" and file.is_file()
+    return summarize(file if has_gguf else resolve(str(path)).folder)

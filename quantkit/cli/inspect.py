@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -24,9 +23,9 @@ def inspect(path: str, all_layers: bool, as_json: bool) -> None:
     """
     import json
 
-    from quantkit.formats.summary import summarize
+    import quantkit
 
-    summary = summarize(_folder(path))
+    summary = quantkit.inspect(path)
     if as_json:
         click.echo(json.dumps(summary.to_dict(), indent=1))
         return
@@ -40,14 +39,6 @@ def inspect(path: str, all_layers: bool, as_json: bool) -> None:
     else:
         _show_schemes(console, summary)
     _show_verdicts(console, summary)
-
-
-def _folder(path: str) -> Path:
-    from quantkit.checkpoint.source import resolve
-
-    file = Path(path).expanduser()
-    has_gguf = file.suffix == ".gguf" and file.is_file()
-    return file if has_gguf else resolve(path).folder
 
 
 def _show_totals(console: Console, summary: Summary) -> None:

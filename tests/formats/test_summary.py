@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 
 import quantkit
+from quantkit.checkpoint.source import resolve
 from quantkit.cli import main
 from quantkit.errors import CheckpointError
 from quantkit.formats.summary import Summary, summarize
@@ -116,3 +117,9 @@ def test_the_command_prints_the_same_in_words_and_in_json(peers: Path, capsys: p
     assert "4.267 bits per weight in 28 quantized layers" in printed[()]
     assert "model.layers.3.mlp.up_proj" in printed[("--layers",)]
     assert json.loads(printed[("--json",)]) == quantkit.inspect(str(peers / "gptq_b4_g128")).to_dict()
+
+
+def test_the_reference_model_is_known_by_its_name() -> None:
+    summary = quantkit.inspect("reference")
+
+    assert summary.container is None and summary.path == str(resolve("reference").folder)
