@@ -31,6 +31,7 @@ from quantkit.errors import Interrupted, OutputError, QuantkitError, SourceError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import get_format
 from quantkit.models.architecture import Architecture, describe, load_config
+from quantkit.models.device import find_device
 from quantkit.models.streaming import BlockRunner
 from quantkit.models.tokenizer import load_tokenizer
 
@@ -111,7 +112,7 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     """Read headers and decide everything; raises the error of whatever cannot be done."""
     recipe = Recipe.load(options.recipe).changed(overrides=options.overrides, ignore=options.ignore, group_size=options.group_size)
     device = find_device(options.device)
-    origin = resolve(source)
+    origin = resolve(source, trust_remote_code=options.trust_remote_code)
     opened = _open(origin, options)
     config = load_config(origin.folder, trust_remote_code=options.trust_remote_code)
     architecture = describe(config, opened, trust_remote_code=options.trust_remote_code)
@@ -177,24 +178,6 @@ def load_rows(prepared: Prepared) -> CalibrationSet:
             "put the model's own tokenizer files there"
         )
     return rows
-
-
-def find_device(name: str) -> torch.device:
-    """The device of this name; "auto" is a GPU where there is one.
-
-    Raises:
-        UsageError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError) as error:
-        here = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        reason = str(error).splitlines()[0].partition(" device type at start")[0]
-        raise UsageError(f"device {name!r} cannot be used here ({reason}); use {' or '.join(here)}") from error
-    return device
 
 
 def num_held_out(num_samples: int) -> int:

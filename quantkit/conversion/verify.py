@@ -16,12 +16,12 @@ from quantkit.conversion.calibration import CalibrationOptions, load_calibration
 from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify_structure import config_problems, missing_parameters, unknown_tensors, wrong_parts
 from quantkit.conversion.verify_values import examine_layers, unlike_tensors
-from quantkit.core.divergence import DivergenceResult
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.streamed import streamed, transposed_layers
 from quantkit.models.architecture import Architecture, describe, load_config
-from quantkit.models.compare import Progress, TokenRows, compare
+from quantkit.models.compare import Progress, StreamedModel, TokenRows, compare
+from quantkit.models.device import find_device
 from quantkit.models.tokenizer import has_tokenizer, load_tokenizer
 
 _ROW = 512
@@ -66,11 +66,13 @@ def verify(out: str | Path, *, against: str | None = None, options: VerifyOption
         progress: told of the layers decoded, and of the blocks streamed.
 
     Raises:
+        UsageError: this machine has no such device.
         SourceError: there is no such model at all, or the original cannot be opened. What is wrong with the checkpoint itself is in the result.
     """
     options = options or VerifyOptions()
-    folder = resolve(str(out)).folder
-    source = OpenedCheckpoint(resolve(against).folder) if against else None
+    device = find_device(options.device)
+    folder = resolve(str(out), trust_remote_code=options.trust_remote_code).folder
+    source = OpenedCheckpoint(resolve(against, trust_remote_code=options.trust_remote_code).folder) if against else None
     result = Verification(str(out), against)
     opened, architecture = _open(folder, result, options)
     if opened is None:
@@ -82,7 +84,7 @@ def verify(out: str | Path, *, against: str | None = None, options: VerifyOption
         _check_against(opened, source, result)
     _check_tokenizer(folder, source, result, options)
     if source is not None and architecture is not None and options.num_tokens:
-        _check_divergence(opened, source, architecture, result, options, progress)
+        _check_divergence(opened, source, architecture, result, options, device, progress)
     return result
 
 
@@ -166,6 +168,7 @@ def _check_divergence(
     architecture: Architecture,
     result: Verification,
     options: VerifyOptions,
+    device: torch.device,
     progress: Progress | None,
 ) -> None:
     """KL divergence from the original; it fails where a model gives NaN or cannot be run, and is left out, said so, without a tokenizer."""
@@ -177,7 +180,7 @@ def _check_divergence(
         result.add("KL divergence", [], f"not measured: {error}")
         return
     try:
-        result.divergence = _compare(opened, source, architecture, rows, options, progress)
+        result.divergence = compare(*_models(opened, source, architecture, options), rows, device=device, progress=progress)
     except (QuantkitError, RuntimeError) as error:
         result.add("KL divergence", [str(error).splitlines()[0]], "")
         return
@@ -198,12 +201,12 @@ def _rows(source: OpenedCheckpoint, architecture: Architecture, options: VerifyO
     return TokenRows.of_texts(*(rows[::step][:num_rows] for rows in (texts.input_ids, texts.position_ids, texts.valid)))
 
 
-def _compare(
-    opened: OpenedCheckpoint, source: OpenedCheckpoint, architecture: Architecture, rows: TokenRows, options: VerifyOptions, progress: Progress | None
-) -> DivergenceResult:
+def _models(
+    opened: OpenedCheckpoint, source: OpenedCheckpoint, architecture: Architecture, options: VerifyOptions
+) -> tuple[StreamedModel, StreamedModel]:
+    """The original and the checkpoint."""
     config = load_config(source.reader.folder, trust_remote_code=options.trust_remote_code)
     original = describe(config, source, trust_remote_code=options.trust_remote_code)
     baseline = streamed(source, original, "the original model")
     quantized = streamed(opened, architecture, "the quantized model")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    return compare(baseline, quantized, rows, device=device, progress=progress)
+    return baseline, quantized

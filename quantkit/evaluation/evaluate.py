@@ -15,6 +15,7 @@ from quantkit.errors import SourceError, UsageError, did_you_mean
 from quantkit.evaluation.rows import default_text, rows_of_text, rows_of_tokens
 from quantkit.formats.streamed import open_streamed
 from quantkit.models.compare import Progress, StreamedModel, TokenRows, compare, perplexity
+from quantkit.models.device import find_device
 from quantkit.models.tokenizer import has_tokenizer, load_tokenizer
 
 METRICS = ("ppl", "kl", "top1")
@@ -90,12 +91,13 @@ def evaluate(
     """
     options = options or EvaluationOptions()
     started = time.monotonic()
+    device = find_device(options.device)
     quantized = _open(model, "the quantized model" if baseline else "the model", options)
     base = _open(baseline, "the baseline model", options) if baseline else None
     if base is not None:
         _require_same_vocabulary(base, quantized)
     rows, measured_on = _rows(model, baseline, quantized, options)
-    settings = {"batch_size": options.batch_size, "device": _device(options.device), "dtype": DTYPES[options.dtype], "progress": progress}
+    settings = {"batch_size": options.batch_size, "device": device, "dtype": DTYPES[options.dtype], "progress": progress}
     divergence = compare(base, quantized, rows, **settings) if base else None
     alone = perplexity(quantized, rows, **settings) if base is None else None
     return EvaluationReport(
@@ -105,7 +107,8 @@ def evaluate(
 
 
 def _open(model: str | Path, label: str, options: EvaluationOptions) -> StreamedModel:
-    return open_streamed(resolve(str(model)).folder, label, trust_remote_code=options.trust_remote_code)
+    folder = resolve(str(model), trust_remote_code=options.trust_remote_code).folder
+    return open_streamed(folder, label, trust_remote_code=options.trust_remote_code)
 
 
 def _rows(model: str | Path, baseline: str | Path | None, quantized: StreamedModel, options: EvaluationOptions) -> tuple[TokenRows, str]:
@@ -114,7 +117,7 @@ def _rows(model: str | Path, baseline: str | Path | None, quantized: StreamedMod
         vocabulary = _vocabulary(quantized)
         rows = rows_of_tokens(options.tokens, vocabulary=vocabulary, context=architecture.context, max_tokens=options.max_tokens)
         return rows, str(options.tokens)
-    folders = [resolve(str(m)).folder for m in (model, baseline) if m]
+    folders = [resolve(str(m), trust_remote_code=options.trust_remote_code).folder for m in (model, baseline) if m]
     folder = next((f for f in folders if has_tokenizer(f)), folders[0])
     tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     path = options.text or default_text()
@@ -130,12 +133,3 @@ def _require_same_vocabulary(base: StreamedModel, quantized: StreamedModel) -> N
 
 def _vocabulary(model: StreamedModel) -> int:
     return int(model.architecture.config.get_text_config().vocab_size)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
