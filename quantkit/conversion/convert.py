@@ -21,6 +21,7 @@ from quantkit.checkpoint.source import Source, resolve
 from quantkit.checkpoint.weight_files import some
 from quantkit.checkpoint.writer import CheckpointWriter, require_space
 from quantkit.conversion.calibration import CalibrationOptions, CalibrationSet, load_calibration
+from quantkit.conversion.hidden_states import spilled_bytes
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
 from quantkit.conversion.report import ConversionReport, LayerResult, model_card
@@ -146,6 +147,8 @@ def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
         require_space(partial, plan.bytes_after)
         side_files(prepared.origin.folder, exclude=(CARD_FILE,))
         rows = load_rows(prepared) if plan.needs_calibration else None
+        if rows is not None:
+            require_space(partial, plan.bytes_after + _spilled_bytes(prepared, rows))
         ledger = Ledger.open(partial, _identity(prepared, rows), fresh=options.fresh)
         with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
             writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
@@ -251,12 +254,20 @@ def _work(prepared: Prepared, place: Workplace, rows: CalibrationSet | None, par
     if rows is None:
         return round_without_data(place, blocks), None
     calibration, held_out = _split(rows, prepared.options)
-    dtype = torch.float32 if place.device.type == "cpu" else place.model_dtype
-    work = CalibratedWork(place, BlockRunner(prepared.architecture, device=place.device, dtype=dtype), calibration, held_out, partial)
-    try:
-        return work.run()
-    finally:
-        work.close()
+    runner = BlockRunner(prepared.architecture, device=place.device, dtype=_running_dtype(prepared))
+    return CalibratedWork(place, runner, calibration, held_out, partial).run()
+
+
+def _running_dtype(prepared: Prepared) -> torch.dtype:
+    return torch.float32 if prepared.device.type == "cpu" else DTYPES[prepared.options.dtype] or prepared.source.dtype
+
+
+def _spilled_bytes(prepared: Prepared, rows: CalibrationSet) -> int:
+    """What hidden states take on the disk: those that calibrate once, those held out twice."""
+    calibration, held_out = _split(rows, prepared.options)
+    width, dtype = prepared.architecture.config.get_text_config().hidden_size, _running_dtype(prepared)
+    kept = [calibration, *([held_out] * 2 if held_out else [])]
+    return sum(spilled_bytes(part.input_ids.numel(), width, dtype) for part in kept)
 
 
 def _split(rows: CalibrationSet, options: ConvertOptions) -> tuple[CalibrationSet, CalibrationSet | None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.disk import disk_errors
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.models.streaming import BlockRunner, Place
 
@@ -14,18 +16,24 @@ TOKENS_AT_ONCE = 8192
 IN_MEMORY_BYTES = 4 << 30
 
 
-class HiddenStates:
-    """[rows, T, H], replaced block by block. Spilled states live in a mapped file, which the kernel writes out when memory is short."""
+def spilled_bytes(num_tokens: int, width: int, dtype: torch.dtype) -> int:
+    """The size of the file that this many hidden states live in, 0 where they stay in memory."""
+    size = num_tokens * width * dtype.itemsize
+    return size if size > IN_MEMORY_BYTES else 0
 
-    def __init__(self, rows: CalibrationSet, width: int, dtype: torch.dtype, folder: Path, name: str, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
+
+class HiddenStates:
+    """[rows, T, H], replaced block by block. Spilled states live in a mapped file, which the kernel writes out when memory is short.
+
+    Raises:
+        OutputError: the disk has no room for the file.
+    """
+
+    def __init__(self, rows: CalibrationSet, width: int, dtype: torch.dtype, folder: Path, name: str) -> None:
         self.rows = rows
         shape = (*rows.input_ids.shape, width)
-        size = torch.Size(shape).numel()
-        self._file = folder / f"{name}.states" if size * dtype.itemsize > in_memory_bytes else None
-        if self._file is None:
-            self.states = torch.empty(shape, dtype=dtype)
-        else:
-            self.states = torch.from_file(str(self._file), shared=True, size=size, dtype=dtype).view(shape)
+        num_bytes = spilled_bytes(rows.input_ids.numel(), width, dtype)
+        self.states = _mapped(folder / f"{name}.states", num_bytes, dtype).view(shape) if num_bytes else torch.empty(shape, dtype=dtype)
 
     def batches(self, runner: BlockRunner, index: int | None) -> list[Place]:
         """Rows of about TOKENS_AT_ONCE tokens, or single texts, for block `index` or the embedding (None)."""
@@ -43,6 +51,17 @@ class HiddenStates:
     def through(self, runner: BlockRunner, index: int, batch: Place) -> Tensor:
         return runner.block(index, self.states[batch], self.rows.input_ids[batch], self.rows.position_ids[batch])
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+
+def _mapped(path: Path, num_bytes: int, dtype: torch.dtype) -> Tensor:
+    """A file in memory, without a name, so that it is gone with the process however that ends.
+
+    Its blocks are taken beforehand: a write to a map that finds none kills the process.
+    """
+    with disk_errors(path):
+        try:
+            with path.open("wb") as file:
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return torch.from_file(str(path), shared=True, size=num_bytes // dtype.itemsize, dtype=dtype)
+        finally:
+            path.unlink(missing_ok=True)

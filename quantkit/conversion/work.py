@@ -175,10 +175,6 @@ class CalibratedWork:
         self.place.listener.stage("measuring")
         return every, self._measure()
 
-    def close(self) -> None:
-        for states in (self.calibration, *self.measured):
-            states.close()
-
     def _embed(self) -> None:
         self.place.listener.stage("embedding")
         self.runner.load_outside(self.place.source)

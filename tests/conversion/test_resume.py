@@ -211,9 +211,40 @@ def test_shards_that_vanished_are_noticed(stories: Path, tmp_path: Path, options
 
 def test_hidden_states_in_a_file_give_the_same_bytes(stories: Path, tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(str(stories), tmp_path / "whole", options())
-    monkeypatch.setattr("quantkit.conversion.hidden_states.HiddenStates.__init__.__defaults__", (0,))
+    sizes: list[int] = []
+    reserve = os.posix_fallocate
+    monkeypatch.setattr("quantkit.conversion.hidden_states.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: sizes.append(size) or reserve(file, start, size))
 
     convert(str(stories), tmp_path / "out", options())
 
+    width = AutoConfig.from_pretrained(stories).hidden_size
+    assert sizes == [rows * 64 * width * 4 for rows in (4, 1, 1)]
+    assert not list(tmp_path.rglob("*.states"))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert torch.equal(*(OpenedCheckpoint(tmp_path / name).get("model.norm.weight") for name in ("out", "whole")))
+
+
+def test_hidden_states_that_find_no_room_are_an_error_in_words(
+    stories: Path, tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("quantkit.conversion.hidden_states.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    with pytest.raises(OutputError, match=r"calibration\.states: No space left on device; free some space"):
+        convert(str(stories), tmp_path / "out", options())
+
+    assert not list(tmp_path.rglob("*.states"))
+
+
+def test_hidden_states_count_as_space_that_is_needed(stories: Path, tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("quantkit.conversion.convert.require_space", lambda folder, size: needed.append(size))
+    monkeypatch.setattr("quantkit.conversion.hidden_states.IN_MEMORY_BYTES", 0)
+
+    convert(str(stories), tmp_path / "out", options())
+
+    assert needed[-1] - needed[0] == 6 * 64 * AutoConfig.from_pretrained(stories).hidden_size * 4
