@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, the packaged reference model, the Hugging Face Hub or ModelScope. Always ends in a local folder.
 
-Only data is fetched: safetensors, JSON, text, tokenizer files. Pickles and Python files of a repository are never downloaded, and nothing is run.
+Only data is fetched: safetensors, JSON, text, tokenizer files. Pickles are never downloaded, Python files only for who trusts them, and nothing
+is run here.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ class Source:
     name: str
 
 
-def resolve(source: str, *, revision: str | None = None) -> Source:
+def resolve(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """The local folder of a model, fetched first if it must be.
 
     Args:
         source: "reference" is always the packaged model (write ./reference for a folder of that name); otherwise an existing folder
             comes before a Hub id. HF_HUB_OFFLINE=1 keeps to what was fetched before.
         revision: a branch, tag or commit of a Hub or ModelScope repository.
+        trust_remote_code: fetch the repository's Python files too.
 
     Raises:
         SourceError: there is no such model, or it cannot be had; says what would work.
@@ -51,11 +53,12 @@ def resolve(source: str, *, revision: str | None = None) -> Source:
         return Source(path, path.resolve().name)
     if path.is_file():
         raise SourceError(_file_message(path))
+    patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
     if source.startswith(_MODELSCOPE):
-        return _from_modelscope(source.removeprefix(_MODELSCOPE), revision)
+        return _from_modelscope(source.removeprefix(_MODELSCOPE), revision, patterns)
     if _looks_like_path(source):
         raise SourceError(f"there is no folder {source!r}{_near_folders(path)}; {_EXPECTED}")
-    return _from_hub(source, revision)
+    return _from_hub(source, revision, patterns)
 
 
 def _reference_folder() -> Path:
@@ -92,20 +95,20 @@ def _near_folders(path: Path) -> str:
     return f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
 
 
-def _from_hub(name: str, revision: str | None) -> Source:
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Source:
     from huggingface_hub import snapshot_download
 
-    folder = _fetch(name, revision, snapshot_download)
+    folder = _fetch(name, revision, patterns, snapshot_download)
     _require_weights(folder, name)
     return Source(folder, name)
 
 
-def _fetch(name: str, revision: str | None, download: Callable[..., str]) -> Path:
+def _fetch(name: str, revision: str | None, patterns: list[str], download: Callable[..., str]) -> Path:
     from huggingface_hub import errors
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(download(name, revision=revision, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
+        return Path(download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED))
     except errors.GatedRepoError as error:
         raise SourceError(
             f"{name} is gated: ask for access at https://huggingface.co/{name}, then log in with `hf auth login` or set HF_TOKEN"
@@ -134,13 +137,13 @@ def _why_offline() -> str:
     return "HF_HUB_OFFLINE=1 forbids the network" if constants.HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
 
 
-def _from_modelscope(name: str, revision: str | None) -> Source:
+def _from_modelscope(name: str, revision: str | None, patterns: list[str]) -> Source:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
         raise SourceError("ModelScope models need the modelscope package; install it with: pip install 'quantkit[modelscope]'") from error
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # modelscope raises bare exceptions of many libraries
         raise SourceError(
             f"{name} could not be fetched from ModelScope: {error}; check the name and the connection, or give a local folder"

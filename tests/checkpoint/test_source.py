@@ -82,14 +82,14 @@ _RESOLVE = """
 
     for request in json.loads(sys.argv[1]):
         try:
-            found = resolve(request["source"], revision=request.get("revision"))
+            found = resolve(**request)
             print(json.dumps([str(found.folder), found.name]))
         except SourceError as error:
             print(json.dumps(str(error)))
 """
 
 
-def _resolve_elsewhere(home: Path, requests: list[dict[str, str]], **environment: str) -> list[object]:
+def _resolve_elsewhere(home: Path, requests: list[dict[str, object]], **environment: str) -> list[object]:
     """The answers of another process, because huggingface_hub reads its environment when it is imported."""
     command = [sys.executable, "-c", textwrap.dedent(_RESOLVE), json.dumps(requests)]
     given = {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
@@ -123,17 +123,34 @@ def test_offline_only_the_cache_is_used(tmp_path: Path) -> None:
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Answers as the Hub does about a gated, an absent, a branchless and a broken repository."""
+    """Answers as the Hub does about a gated, an absent, a branchless and a broken repository, and serves a whole one."""
 
+    FILES = ("config.json", "model.safetensors", "modeling_own.py", "pytorch_model.bin", "tokenizer.json")
     ANSWERS = (("gated", 403, "GatedRepo"), ("absent", 404, "RepoNotFound"), ("branchless", 404, "RevisionNotFound"), ("broken", 418, ""))
 
     def do_GET(self) -> None:
-        status, code = next((status, code) for word, status, code in self.ANSWERS if word in self.path)
+        if "whole" in self.path:
+            self._serve()
+            return
+        status, code = next(((status, code) for word, status, code in self.ANSWERS if word in self.path), (404, ""))
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    def _serve(self) -> None:
+        """What the repository is, its files, or one of them, which holds its own name."""
+        file = self.path.rpartition("/")[2]
+        tree = [{"type": "file", "path": name, "size": len(name), "oid": name} for name in self.FILES]
+        about = {"id": "org/whole", "sha": _COMMIT, "siblings": [{"rfilename": name} for name in self.FILES]}
+        content = (json.dumps(tree if "/tree/" in self.path else about) if "/api/" in self.path else file).encode()
+        self.send_response(200)
+        for header in (("X-Repo-Commit", _COMMIT), ("ETag", f'"{file}"'), ("Content-Length", str(len(content)))):
+            self.send_header(*header)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     do_HEAD = do_GET
 
@@ -159,6 +176,14 @@ def test_what_the_hub_refuses_is_said_with_what_would_work(tmp_path: Path, hub: 
     assert "no model of this name" in absent and "private" in absent
     assert "has no revision 'v9'" in branchless
     assert "org/broken" in broken and "local" in broken
+
+
+def test_python_files_are_fetched_only_for_who_trusts_them(tmp_path: Path, hub: str) -> None:
+    requests = [{"source": "org/whole"}, {"source": "org/whole", "trust_remote_code": True}]
+    for request, python in zip(requests, ([], ["modeling_own.py"]), strict=True):
+        [(folder, name)] = _resolve_elsewhere(tmp_path, [request], HF_HUB_OFFLINE="0", HF_ENDPOINT=hub)
+        fetched = sorted(path.name for path in Path(folder).iterdir())
+        assert name == "org/whole" and fetched == sorted(["config.json", "model.safetensors", "tokenizer.json", *python])
 
 
 def test_hub_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
