@@ -72,7 +72,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     """The checked config of a causal language model.
 
     Raises:
-        SourceError: there is no config, the architecture is unknown, needs remote code, or is no decoder.
+        SourceError: there is no config, it holds values of a wrong type, the architecture is unknown, needs remote code, or is no decoder.
     """
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no config.json, so it is no Hugging Face model folder")
@@ -80,6 +80,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise SourceError(_unknown(folder, error)) from error
+    except Exception as error:  # what transformers raises for values of a wrong type is not one family
+        raise SourceError(f"{folder / 'config.json'} is damaged: {_reason(error)}") from error
     _require_decoder(config)
     return config
 
@@ -99,8 +101,9 @@ def describe(config: PretrainedConfig, names: Names, *, trust_remote_code: bool 
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise SourceError(f"transformers cannot build {config.model_type!r} as a causal language model: {error}") from error
+    except Exception as error:  # a missing or wrong value of the config shows as whatever the model's own code raises
+        where = f" from {Path(config.name_or_path) / 'config.json'}" if config.name_or_path else ""
+        raise SourceError(f"transformers cannot build {config.model_type!r} as a causal language model{where}: {_reason(error)}") from error
     model.eval()
     prefix = model.base_model_prefix
     path, block_list = _block_list(model)
@@ -120,9 +123,16 @@ def _unknown(folder: Path, error: Exception) -> str:
     return f"{folder}: transformers does not know this architecture: {text.splitlines()[0]}"
 
 
+def _reason(error: Exception) -> str:
+    """Kind and message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _require_decoder(config: PretrainedConfig) -> None:
     causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([value] if isinstance(value, str) else value)}
-    named = list(getattr(config, "architectures", None) or [])
+    named = getattr(config, "architectures", None) or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise SourceError(f"{Path(config.name_or_path) / 'config.json'} is damaged: architectures is {named!r}, not a list of names")
     if getattr(config, "is_encoder_decoder", False):
         raise SourceError(f"{config.model_type} is an encoder-decoder model ({', '.join(named)}); quantkit converts decoder-only language models")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
