@@ -19,8 +19,11 @@ def test_every_package_ships() -> None:
     assert folders | {"quantkit.recipes", "quantkit.evals"} == listed
 
 
-def test_version_is_stated_once_more_than_needed_but_equally() -> None:
-    assert PROJECT["project"]["version"] == quantkit.__version__
+def test_version_is_stated_once() -> None:
+    assert PROJECT["project"]["dynamic"] == ["version"] and "version" not in PROJECT["project"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "quantkit.__version__"}
+    stated = subprocess.run(["git", "grep", "-lF", f'{quantkit.__version__}"', "--", "quantkit", "pyproject.toml"], cwd=ROOT, capture_output=True)
+    assert stated.stdout.decode().split() == ["quantkit/__init__.py"]
 
 
 def test_public_names_exist() -> None:

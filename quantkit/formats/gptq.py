@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit import __version__
 from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import CHANNEL, UNQUANTIZED, QuantSpec, Scheme, parse_scheme
@@ -93,8 +94,11 @@ class GPTQ:
             if scheme.is_quantized and scheme != main:
                 dynamic[f"+:^{re.escape(name)}$"] = _spec_config(scheme)
         label = "gptq" if self.zero_offset else "gptq_v2"
-        config = {"quant_method": "gptq", **_spec_config(main), "desc_act": False, "static_groups": False, "true_sequential": True, "lm_head": False,
-                  "checkpoint_format": label, "format": label, "pack_dtype": "int32", "damp_percent": 0.01, "meta": {"quantizer": ["quantkit:0.1.0"]}}
+        config = {
+            "quant_method": "gptq", **_spec_config(main), "desc_act": False, "static_groups": False, "true_sequential": False, "lm_head": False,
+            "checkpoint_format": label, "format": label, "pack_dtype": "int32", "meta": {"quantizer": [f"quantkit:{__version__}"]},
+            "damp_percent": 0.01,  # says nothing of how the codes were made: transformers refuses a config without a value between 0 and 1
+        }  # fmt: skip
         return config | ({"dynamic": dynamic} if dynamic else {})
 
     def read_config(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:

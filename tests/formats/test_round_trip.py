@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPTQConfig
 
+from quantkit import __version__
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import Scheme, parse_scheme
 from quantkit.formats.base import plan_shapes
@@ -50,3 +52,11 @@ def test_configuration_alone_brings_the_scheme_back(name: str, scheme: str, shap
 
 def test_every_format_holds_something() -> None:
     assert {name for name, _, _ in CASES} == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2"])
+def test_a_gptq_configuration_claims_only_what_was_done_and_transformers_takes_it(name: str) -> None:
+    config = FORMATS[name].config({"a": parse_scheme("w4a16")}, [])
+
+    assert config["meta"] == {"quantizer": [f"quantkit:{__version__}"]} and config["true_sequential"] is False
+    GPTQConfig.from_dict(config)
