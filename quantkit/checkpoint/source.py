@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import SourceError
+from quantkit.paths import packaged
 
 REFERENCE = "reference"
 
@@ -62,13 +63,10 @@ def resolve(source: str, *, revision: str | None = None, trust_remote_code: bool
 
 
 def _reference_folder() -> Path:
-    """Inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    candidates = [root / "evals" / "reference" / "model" for root in (package, package.parent)]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise SourceError(f"the reference model is not part of this installation: {' and '.join(map(str, candidates))} do not exist")
+    folder = packaged("evals") / "reference" / "model"
+    if not folder.is_dir():
+        raise SourceError(f"the reference model is not part of this installation: {folder} does not exist; install quantkit again")
+    return folder
 
 
 def _file_message(path: Path) -> str:
