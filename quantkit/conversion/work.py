@@ -28,11 +28,10 @@ from quantkit.errors import SourceError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
-from quantkit.models.compare import TokenRows
+from quantkit.models.compare import TokenRows, logit_places
 from quantkit.models.experts import skipping_padding
 from quantkit.models.streaming import BlockRunner, decoder_linears
 
-_LOGITS_AT_ONCE = 1 << 25
 _CARRIED_AT_ONCE = 256 << 20
 """Bytes of copied tensors between two entries of the ledger."""
 
@@ -226,12 +225,8 @@ class CalibratedWork:
         rows = TokenRows.of_texts(self.held_out.input_ids, self.held_out.position_ids, self.held_out.valid)
         divergence = Divergence()
         vocabulary = int(self.runner.architecture.config.get_text_config().vocab_size)
-        length = rows.input_ids.shape[1]
-        step = max(1, min(length, _LOGITS_AT_ONCE // vocabulary))
-        for row in range(len(rows.input_ids)):
-            for start in range(0, length, step):
-                at = (slice(row, row + 1), slice(start, start + step))
-                baseline, quantized = (self.runner.logits(states.states[at], rows.input_ids[at], rows.position_ids[at]) for states in self.measured)
-                divergence.add(baseline, quantized, rows.targets[at].to(baseline.device), rows.counted[at].to(baseline.device))
+        for at in logit_places(rows.input_ids.shape, vocabulary):
+            baseline, quantized = (self.runner.logits(states.states[at], rows.input_ids[at], rows.position_ids[at]) for states in self.measured)
+            divergence.add(baseline, quantized, rows.targets[at].to(baseline.device), rows.counted[at].to(baseline.device))
         self.runner.unload_outside()
         return divergence.result()

@@ -1,7 +1,7 @@
 """Two models over the same rows of tokens, each streamed block by block, and what their next-token distributions differ by.
 
 Each model's hidden states are carried through its blocks with one block's weights in memory; then both heads turn the states into logits, a few
-rows at a time. So the peak is one block, or two heads with a few rows' logits, beside two sets of hidden states [rows, T, H].
+tokens at a time. So the peak is one block, or two heads with a few tokens' logits, beside two sets of hidden states [rows, T, H].
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from quantkit.core.scheme import Scheme
 from quantkit.errors import CheckpointError
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Architecture
-from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
+from quantkit.models.streaming import BlockRunner, Place, Weights, decoder_linears
 
-_LOGITS_AT_ONCE = 1 << 27
-"""Values of one model's logits held at once: 512 MB in float32."""
+_LOGITS_AT_ONCE = 1 << 25
+"""Values of one model's logits held at once: 128 MB in float32."""
 
 Progress = Callable[[str, int, int], None]
 """Told which model is at work, blocks done, and blocks in all."""
@@ -103,8 +103,8 @@ def compare(
         UsageError: no token counts.
     """
     divergence = Divergence()
-    for (base, quant), part in _logits([baseline, quantized], rows, batch_size, device, dtype, progress):
-        divergence.add(base, quant, part.targets.to(base.device), part.counted.to(base.device))
+    for (base, quant), at in _logits([baseline, quantized], rows, batch_size, device, dtype, progress):
+        divergence.add(base, quant, rows.targets[at].to(base.device), rows.counted[at].to(base.device))
     return divergence.result()
 
 
@@ -119,28 +119,34 @@ def perplexity(
 ) -> PerplexityResult:
     """The perplexity of one model; arguments and errors as `compare`."""
     collected = Perplexity()
-    for (logits,), part in _logits([model], rows, batch_size, device, dtype, progress):
-        collected.add(logits, part.targets.to(logits.device), part.counted.to(logits.device))
+    for (logits,), at in _logits([model], rows, batch_size, device, dtype, progress):
+        collected.add(logits, rows.targets[at].to(logits.device), rows.counted[at].to(logits.device))
     return collected.result()
+
+
+def logit_places(shape: torch.Size, vocabulary: int, at_once: int = _LOGITS_AT_ONCE) -> Iterator[Place]:
+    """Parts of rows [R, T] small enough to hold their logits: whole rows, or pieces of one."""
+    num_rows, length = shape
+    rows = max(1, at_once // (vocabulary * length))
+    columns = max(1, min(length, at_once // vocabulary))
+    return ((slice(r, r + rows), slice(t, t + columns)) for r in range(0, num_rows, rows) for t in range(0, length, columns))
 
 
 def _logits(
     models: list[StreamedModel], rows: TokenRows, batch_size: int, device: torch.device | str, dtype: torch.dtype, progress: Progress | None
-) -> Iterator[tuple[list[Tensor], TokenRows]]:
-    """Every model's logits of the same few rows."""
+) -> Iterator[tuple[list[Tensor], Place]]:
+    """Every model's logits of the same few tokens, and which those are."""
     runners = [BlockRunner(model.architecture, device=device, dtype=dtype) for model in models]
     hidden = [_last_hidden(model, runner, rows, batch_size, progress) for model, runner in zip(models, runners, strict=True)]
     for model, runner in zip(models, runners, strict=True):
         runner.load_outside(model.weights)
     vocabulary = int(models[0].architecture.config.get_text_config().vocab_size)
-    rows_at_once = max(1, min(batch_size, _LOGITS_AT_ONCE // (vocabulary * rows.input_ids.shape[1])))
-    for start in range(0, len(rows.input_ids), rows_at_once):
-        part = _rows(rows, start, start + rows_at_once)
+    for at in logit_places(rows.input_ids.shape, vocabulary):
         logits = []
         for model, runner, states in zip(models, runners, hidden, strict=True):
             with _outside_inputs_quantized(model):
-                logits.append(runner.logits(states[start : start + rows_at_once], part.input_ids, part.position_ids))
-        yield logits, part
+                logits.append(runner.logits(states[at], rows.input_ids[at], rows.position_ids[at]))
+        yield logits, at
     for runner in runners:
         runner.unload_outside()
 
@@ -167,10 +173,6 @@ def _last_hidden(model: StreamedModel, runner: BlockRunner, rows: TokenRows, bat
         if progress:
             progress(model.label, index + 1, len(blocks))
     return hidden
-
-
-def _rows(rows: TokenRows, start: int, stop: int) -> TokenRows:
-    return TokenRows(rows.input_ids[start:stop], rows.position_ids[start:stop], rows.counted[start:stop])
 
 
 @contextmanager

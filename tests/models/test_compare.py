@@ -13,7 +13,7 @@ from quantkit.errors import CheckpointError, SourceError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.activations import fake_quantize
 from quantkit.models.architecture import describe, load_config
-from quantkit.models.compare import StreamedModel, TokenRows, compare, perplexity
+from quantkit.models.compare import StreamedModel, TokenRows, compare, logit_places, perplexity
 
 
 def streamed(folder: Path, label: str = "the model") -> StreamedModel:
@@ -70,6 +70,17 @@ def test_activations_of_w8a8_layers_are_quantized_in_the_forward_pass(peers: Pat
     weights_only = expected_divergence(whole(peers, "tiny"), whole(peers, "ct_w8a8_gptq"), rows).result()
     assert result.kl_mean == pytest.approx(expected.kl_mean, rel=2e-2)
     assert abs(result.kl_mean - expected.kl_mean) < 0.1 * abs(result.kl_mean - weights_only.kl_mean)
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 64 * 7, 64 * 19, 64 * 19 * 3, 1 << 20])
+def test_every_token_is_in_one_part_and_no_part_has_too_many_logits(at_once: int) -> None:
+    seen = torch.zeros(5, 19, dtype=torch.int64)
+
+    for at in logit_places(seen.shape, 64, at_once):
+        seen[at] += 1
+        assert seen[at].numel() * 64 <= max(at_once, 64)
+
+    assert bool((seen == 1).all())
 
 
 def test_a_model_equals_itself(test_data: Path) -> None:
