@@ -67,13 +67,14 @@ class HessianCollector:
         self._sums[name].addmm_(rows.T, rows)
         self._counts[name] += rows.shape[0]
 
-    def shared(self) -> list[tuple[list[str], Statistics | None]]:
-        """Groups of linears with one input and what was seen of it; None for linears that no token reached."""
+    def shared(self) -> Iterator[tuple[list[str], Statistics | None]]:
+        """Groups of linears with one input and what was seen of it; None for linears that no token reached. Each is handed out once."""
         groups: dict[str, list[str]] = {}
         for name in self._modules:
             groups.setdefault(self._owner.get(name, name), []).append(name)
-        return [(names, self._statistics(owner)) for owner, names in groups.items()]
+        for owner, names in groups.items():
+            yield names, self._take(owner)
 
-    def _statistics(self, owner: str) -> Statistics | None:
-        count = self._counts.get(owner, 0)
-        return Statistics(self._sums[owner] / count, count) if count else None
+    def _take(self, owner: str) -> Statistics | None:
+        count = self._counts.pop(owner, 0)
+        return Statistics(self._sums.pop(owner).div_(count), count) if count else None

@@ -58,14 +58,19 @@ class GPTQ:
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         """Raises CalibrationError when no damping makes the Hessian positive definite."""
         assert statistics is not None
-        hessian = _without_dead(statistics.hessian)
-        order = visiting_order(hessian.diagonal(), spec, self.order)
-        factor, hessian = inverse_factor(hessian[order][:, order], self.damp)
-        codes, grid = self._round(weight[:, order].clone(), factor, order, spec, scale_dtype)
-        back = torch.argsort(order)
-        codes, hessian = codes[:, back], hessian[back][:, back]
+        diagonal = _without_dead(statistics.hessian.diagonal())
+        order = visiting_order(diagonal, spec, self.order)
+        hessian = statistics.hessian[order[:, None], order]
+        hessian.diagonal().copy_(diagonal[order])
+        factor, damp = inverse_factor(hessian, self.damp)
+        del hessian
+        codes, grid = self._round(weight[:, order], factor, order, spec, scale_dtype)
+        del factor
+        codes = codes[:, torch.argsort(order)]
         if self.descent:
-            codes, grid = descend(weight, hessian, codes, grid, spec, scale_dtype, passes=self.descent)
+            damped = statistics.hessian.clone()
+            damped.diagonal().copy_(diagonal + damp * diagonal.mean())
+            codes, grid = descend(weight, damped, codes, grid, spec, scale_dtype, passes=self.descent)
         return from_grid(spec, codes, grid, scale_dtype)
 
     def _round(self, weight: Tensor, factor: Tensor, order: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Grid]:
@@ -131,29 +136,38 @@ def visiting_order(importance: Tensor, spec: QuantSpec, order: Order) -> Tensor:
     return (inside + torch.arange(groups.shape[0], device=importance.device)[:, None] * groups.shape[1])[first].flatten()
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """The upper U with U^T U = (H + damping)^-1, and the damped H itself.
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """The upper U with U^T U = (H + damping)^-1, and the share of the mean diagonal that it took.
 
     With J the reversal of rows, J H J = L L^T gives U = J L^-1 J: one factorization and one triangular inverse.
     """
-    mean = hessian.diagonal().mean()
-    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    while damp <= 1.0:
-        damped = hessian + damp * mean * identity
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1).double() if damped.device.type == "cpu" else damped.flip(0, 1))
-        factor = torch.linalg.solve_triangular(lower, identity.to(lower.dtype), upper=False).flip(0, 1).to(hessian.dtype)
-        if not failed and bool(torch.isfinite(factor).all()):
-            return factor, damped
-        damp *= 10
-    raise CalibrationError("the Hessian of a layer's inputs has no Cholesky factor even at full damping; calibrate on other text or in float32")
+    while True:
+        factor = _factor(hessian, damp)
+        if factor is not None:
+            return factor, damp
+        if damp >= 1:
+            reason = "the Hessian of a layer's inputs has no Cholesky factor even at full damping"
+            raise CalibrationError(f"{reason}; calibrate on other text or in float32")
+        damp = min(damp * 10, 1.0)
 
 
-def _without_dead(hessian: Tensor) -> Tensor:
-    """A copy whose inputs that were never on have the mean diagonal instead of zero: their weights are then rounded to nearest."""
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
+def _factor(hessian: Tensor, damp: float) -> Tensor | None:
+    """In float64 on the CPU, where it costs little and needs less damping. At most two such matrices are there at a time beside `hessian`."""
+    dtype = torch.float64 if hessian.device.type == "cpu" else hessian.dtype
+    lower = hessian.flip(0, 1).to(dtype)
+    lower.diagonal().add_(damp * hessian.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(lower)
+    if failed or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    inverse = torch.eye(len(lower), dtype=dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    factor = inverse.to(hessian.dtype).flip(0, 1)
+    return factor if bool(torch.isfinite(factor).all()) else None
+
+
+def _without_dead(diagonal: Tensor) -> Tensor:
+    """The Hessian's diagonal with its mean for inputs that were never on: their weights are then rounded to nearest."""
     dead = diagonal <= 0
-    if bool(dead.any()):
-        alive = diagonal[~dead]
-        diagonal[dead] = alive.mean() if alive.numel() else 1.0
-    return hessian
+    alive = diagonal[~dead]
+    return torch.where(dead, alive.mean() if alive.numel() else torch.ones_like(diagonal), diagonal)

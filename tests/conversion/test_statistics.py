@@ -76,7 +76,7 @@ def test_padding_is_not_counted() -> None:
     with collector.watching(valid):
         block(x)
 
-    statistics = collector.shared()[0][1]
+    _, statistics = next(collector.shared())
     assert statistics.num_tokens == 7
     torch.testing.assert_close(statistics.hessian, mean_product(x[valid]))
 
@@ -104,6 +104,18 @@ def test_an_expert_counts_the_tokens_that_reach_it_and_one_without_any_has_no_st
 
     statistics = {names[0]: found for names, found in collector.shared()}
     assert (statistics["0"].num_tokens, statistics["1"].num_tokens, statistics["2"]) == (3, 7, None)
+
+
+def test_a_hessian_is_handed_out_as_it_was_summed_and_not_kept() -> None:
+    block, x = Attention(), torch.randn(1, 5, 12)
+    collector = HessianCollector(block.linears())
+    with collector.watching(torch.ones(1, 5, dtype=torch.bool)):
+        block(x)
+    sums = [tensor.data_ptr() for tensor in collector._sums.values()]
+
+    handed = [statistics.hessian.data_ptr() for _, statistics in collector.shared()]
+
+    assert handed == sums and not collector._sums
 
 
 def test_nothing_is_recorded_outside_of_watching() -> None:

@@ -114,7 +114,7 @@ def test_each_stage_lowers_the_objective(spec: QuantSpec, seed: int) -> None:
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(2, 32, False), QuantSpec(4, CHANNEL)], ids=lambda s: f"{s.bits}-{s.group}")
 def test_no_row_is_worse_after_more_passes_of_descent(spec: QuantSpec, order: str) -> None:
     weight, hessian = weights(32, 96), correlated(96)
-    _, damped = inverse_factor(hessian, 0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
 
     rows = [objective(weight, GPTQ(order=order, descent=n)(weight, spec, torch.float16, Statistics(hessian, 400)), damped) for n in range(5)]
 
@@ -228,15 +228,16 @@ def test_a_hessian_of_almost_no_tokens_is_factored(tokens: int) -> None:
     assert bool(torch.isfinite(q.dequantize()).all())
 
 
-def test_damping_grows_until_the_hessian_can_be_factored() -> None:
+@pytest.mark.parametrize(("first", "lacking", "expected"), [(0.01, 0.05, 0.1), (0.03, 0.4, 1.0)], ids=["tenfold", "full"])
+def test_damping_grows_until_the_hessian_can_be_factored(first: float, lacking: float, expected: float) -> None:
     hessian = correlated(32)
-    lowest = torch.linalg.eigvalsh(hessian)[0]
-    hessian -= (lowest + 0.05 * hessian.diagonal().mean()) * torch.eye(32)  # no longer positive, as rounding errors leave it
+    lowest, mean = torch.linalg.eigvalsh(hessian)[0], hessian.diagonal().mean()
+    hessian -= (lowest + lacking / (1 + lacking) * mean) * torch.eye(32)  # no longer positive, as rounding errors leave it
 
-    factor, damped = inverse_factor(hessian, 0.01)
+    factor, damp = inverse_factor(hessian, first)
 
-    added = (damped - hessian).diagonal() / hessian.diagonal().mean()
-    torch.testing.assert_close(added, torch.full((32,), 0.1), rtol=1e-3, atol=1e-3)
+    assert damp == pytest.approx(expected)
+    damped = hessian + damp * hessian.diagonal().mean() * torch.eye(32)
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(32), rtol=1e-2, atol=1e-2)
 
 
