@@ -84,7 +84,10 @@ class BlockRunner:
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Hidden states [B, T, H] that enter the first block. Needs `load_outside`."""
         with self._blocks_replaced(lambda index, hidden, *_: _answer(hidden)), self._stopping() as stop:
-            return stop(input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device))
+            hidden = stop(input_ids=input_ids.to(self.device), position_ids=position_ids.to(self.device))
+        if hidden.shape[:-1] != input_ids.shape:
+            raise SourceError(f"{self._name} cannot be run block by block: its blocks take states of shape {list(hidden.shape)}")
+        return hidden
 
     def block(self, index: int, hidden: Tensor, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Hidden states [B, T, H] after block `index`, whose weights must be loaded."""
@@ -117,7 +120,6 @@ class BlockRunner:
         hidden, input_ids, position_ids = (x[:1, :_FEW_TOKENS].to(self.device) for x in (hidden, input_ids, position_ids))
         generator = torch.Generator().manual_seed(0)
         states = [torch.randn(hidden.shape, generator=generator).to(hidden) for _ in range(2)]
-        name = type(self.architecture.model).__name__
         for returns_tuple in (False, True):
             self._returns_tuple = returns_tuple
             try:
@@ -127,9 +129,9 @@ class BlockRunner:
             if not all(is_passed_on for is_passed_on, _ in first):
                 continue
             if len(first) != len(second) or not all(_is_same(a, b) for (_, a), (_, b) in zip(first, second, strict=True)):
-                raise SourceError(f"{name} cannot be run block by block: its blocks read more than hidden states, such as the embeddings")
+                raise SourceError(f"{self._name} cannot be run block by block: its blocks read more than hidden states, such as the embeddings")
             return
-        raise SourceError(f"{name} cannot be run block by block: its blocks pass on more than hidden states")
+        raise SourceError(f"{self._name} cannot be run block by block: its blocks pass on more than hidden states")
 
     def places(self, index: int | None, position_ids: Tensor, rows_at_once: int) -> list[Place]:
         """What to give block `index`, or the embedding (None), at once: a few rows, or one text where it does not keep the texts of a row apart.
@@ -174,6 +176,10 @@ class BlockRunner:
         is_whole = len(given) == len(self.architecture.blocks) and out.logits.shape[:2] == hidden.shape[:2]
         return [*given, (is_whole, None)]
 
+    @property
+    def _name(self) -> str:
+        return type(self.architecture.model).__name__
+
     def _pass(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
 
@@ -188,7 +194,7 @@ class BlockRunner:
                 self._forward(**inputs)
             except _Answered as answer:
                 return answer.output
-            raise SourceError(f"{type(self.architecture.model).__name__} did not call its decoder blocks")
+            raise SourceError(f"{self._name} did not call its decoder blocks")
 
         yield run
 
