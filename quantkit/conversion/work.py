@@ -32,6 +32,7 @@ from quantkit.models.compare import TokenRows, logit_places
 from quantkit.models.experts import skipping_padding
 from quantkit.models.streaming import BlockRunner, decoder_linears
 
+_LOOKED_AT_ONCE = 1 << 24
 _CARRIED_AT_ONCE = 256 << 20
 """Bytes of copied tensors between two entries of the ledger."""
 
@@ -100,13 +101,19 @@ def carry(place: Workplace) -> None:
 
 def _as_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Raises SourceError where the tensor holds NaN or infinity, or would once it has the type."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+    if not _is_finite(tensor):
         raise SourceError(f"{name} holds NaN or infinite values; the source model is damaged")
     cast = tensor.to(dtype)
-    if cast.is_floating_point() and not bool(torch.isfinite(cast.float()).all()):
+    if cast.dtype != tensor.dtype and not _is_finite(cast):
         largest = f"{tensor.abs().max():.3g}"
         raise SourceError(f"{name} holds values up to {largest}, which {str(dtype).removeprefix('torch.')} cannot; use --dtype bfloat16 or auto")
     return cast
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In slices, as 8-bit floats must be widened to be looked at."""
+    slices = tensor.split(max(1, _LOOKED_AT_ONCE * len(tensor) // tensor.numel())) if tensor.ndim and tensor.numel() else [tensor]
+    return not tensor.is_floating_point() or all(bool(torch.isfinite(part.float()).all()) for part in slices)
 
 
 def _portions(place: Workplace) -> Iterator[list[str]]:
