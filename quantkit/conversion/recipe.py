@@ -132,7 +132,10 @@ class Recipe(BaseModel):
         Args:
             overrides: "REGEX=scheme" each; the rounding stays that of the first rule that uses one.
             ignore: patterns of layers that keep their own type.
-            group_size: for every quantized rule; strict, as is a group named in an override.
+            group_size: for every quantized rule and every override that names no group; strict, as is a group named in an override.
+
+        Raises:
+            RecipeError: an override is not valid, or a rule's activations are quantized, whose weights have one scale a channel.
         """
         rules = list(self.rules)
         if group_size is not None:
@@ -145,7 +148,9 @@ class Recipe(BaseModel):
                 raise RecipeError(f"override {override!r} is not of the form 'REGEX=scheme'; an example is 'down_proj=w8a16'")
             parse_scheme(scheme)
             strict = bool(re.search(r"-g\d+$", scheme))
-            front.append(Rule(pattern=checked_pattern(pattern), scheme=scheme, rounding=usual, strict=strict))
+            rule = Rule(pattern=checked_pattern(pattern), scheme=scheme, rounding=usual, strict=strict)
+            says_group = strict or scheme.endswith("-channel") or parse_scheme(scheme).activation is not None
+            front.append(rule if group_size is None or says_group else _regrouped(rule, group_size))
         return self.model_copy(update={"rules": tuple(front + rules)})
 
 
@@ -165,8 +170,12 @@ def checked_pattern(pattern: str) -> str:
 
 def _regrouped(rule: Rule, group_size: int) -> Rule:
     scheme: Scheme = parse_scheme(rule.scheme)
-    if scheme.weight is None or scheme.activation is not None:
+    if scheme.weight is None:
         return rule
+    if scheme.activation is not None:
+        if group_size == CHANNEL:
+            return rule
+        raise RecipeError(f"group size {group_size} is not for {rule.scheme}, whose weights have one scale a channel; leave --group-size out")
     return rule.model_copy(update={"scheme": scheme.with_group(group_size).name, "strict": group_size != CHANNEL})
 
 

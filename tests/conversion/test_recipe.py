@@ -71,8 +71,20 @@ def test_a_group_size_applies_to_every_quantized_rule_and_is_strict() -> None:
     assert [rule.scheme for rule in recipe.changed(group_size=-1).rules] == ["w8a16-channel", "none", "w4a16-channel"]
 
 
-def test_int8_activations_keep_their_one_scale_a_channel() -> None:
-    assert Recipe.load("w8a8-gptq").changed(group_size=32).rules == Recipe.load("w8a8-gptq").rules
+def test_a_group_size_is_refused_where_activations_are_quantized() -> None:
+    assert Recipe.load("w8a8-gptq").changed(group_size=-1).rules == Recipe.load("w8a8-gptq").rules
+    with pytest.raises(RecipeError, match="group size 32 is not for w8a8-int8, whose weights have one scale a channel"):
+        Recipe.load("w8a8-gptq").changed(group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("a=w8a16", "w8a16-g32"), ("a=w8a16-g64", "w8a16-g64"), ("a=w8a16-channel", "w8a16-channel"), ("a=w8a8-int8", "w8a8-int8"), ("a=none", "none")],
+)
+def test_a_group_size_reaches_overrides_that_name_none(override: str, expected: str) -> None:
+    rule = Recipe.load("w4a16-rtn").changed(overrides=(override,), group_size=32).rules[0]
+
+    assert rule.scheme == expected and rule.strict is ("-g" in expected)
 
 
 @pytest.mark.parametrize(("override", "is_strict"), [("a=w4a16-g64", True), ("a=w4a16", False), ("a=w4a16-channel", False)])
