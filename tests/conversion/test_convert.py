@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
 from quantkit.conversion.calibration import CalibrationSet
-from quantkit.conversion.convert import ConvertOptions, convert, plan_conversion
+from quantkit.conversion.convert import ConvertOptions, Silent, convert, plan_conversion, run
 from quantkit.conversion.recipe import list_recipes
+from quantkit.conversion.report import LayerResult
 from quantkit.conversion.token_file import load_token_file
 from quantkit.errors import FormatError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
@@ -253,6 +254,24 @@ def test_biases_stay_beside_their_quantized_weights(tmp_path: Path, options: Opt
     for name in [name for name in before.names if name.endswith(".bias")]:
         assert torch.equal(before.get(name), after.get(name))
     assert (logits(decoded(tmp_path / "out")) - logits(decoded(source))).std() < 0.2 * logits(decoded(source)).std()
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_no_more_than_one_block_is_loaded_however_deep_the_model(depth: int, tokens: Path, tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "m", num_hidden_layers=depth, vocab_size=2048)
+    prepared = plan_conversion(str(source), options(source=str(tokens)))
+    loaded: list[set[int]] = []
+
+    class Counting(Silent):
+        def layer(self, result: LayerResult) -> None:
+            blocks = enumerate(prepared.architecture.blocks)
+            loaded.append({index for index, block in blocks if any(not p.is_meta for p in block.module.parameters())})
+            assert prepared.architecture.model.get_input_embeddings().weight.is_meta
+
+    run(prepared, tmp_path / "out", Counting())
+
+    assert loaded == [{index} for index in range(depth) for _ in range(7)]
+    assert all(p.is_meta for block in prepared.architecture.blocks for p in block.module.parameters())
 
 
 # Other families
