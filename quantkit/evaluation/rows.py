@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.errors import UsageError
 from quantkit.models.compare import TokenRows
 from quantkit.models.tokenizer import text_prefix
+from quantkit.models.tokens import read_tokens
 from quantkit.paths import packaged
 
 DEFAULT_SEQ_LEN = 512
@@ -64,22 +64,9 @@ def rows_of_tokens(path: Path, *, vocabulary: int, context: int, max_tokens: int
     Raises:
         UsageError: there is no such file or tensor, or its rows do not fit the model.
     """
-    if not path.is_file():
-        raise UsageError(f"no token file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            ids = file.get_tensor("input_ids") if "input_ids" in names else None
-    except SafetensorError as error:
-        raise UsageError(f"{path} is no safetensors file: {error}") from error
-    if ids is None or ids.ndim != 2 or ids.is_floating_point():
-        raise UsageError(f"{path} has no integer tensor input_ids [rows, tokens]; it holds {', '.join(names) or 'nothing'}")
-    if not len(ids) or not 2 <= ids.shape[1] <= context:
-        raise UsageError(f"{path} has {ids.shape[0]} rows of {ids.shape[1]} tokens; the model takes rows of 2 to {context}")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise UsageError(f"{path} holds tokens outside the model's vocabulary of {vocabulary}; it was made with another tokenizer")
+    ids = read_tokens(path, vocabulary=vocabulary, context=context)
     num_rows = len(ids) if max_tokens is None else -(-max_tokens // (ids.shape[1] - 1))
-    return TokenRows.of_texts(ids[:num_rows].long())
+    return TokenRows.of_texts(ids[:num_rows])
 
 
 def _windows(ids: list[int], prefix: list[int], seq_len: int, max_tokens: int | None, path: Path) -> Tensor:

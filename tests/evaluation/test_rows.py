@@ -98,7 +98,7 @@ NOT_ROWS = [
     ({"other": torch.zeros(2, 4)}, "no integer tensor input_ids"),
     ({"input_ids": torch.zeros(2, 4)}, "no integer tensor input_ids"),
     ({"input_ids": torch.full((2, 4), 600)}, "outside the model's vocabulary"),
-    ({"input_ids": torch.zeros(2, 99, dtype=torch.int64)}, "rows of 2 to 64"),
+    ({"input_ids": torch.zeros(2, 99, dtype=torch.int64)}, "rows of 99 tokens; the model takes 2 to 64"),
 ]
 
 
