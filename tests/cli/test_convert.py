@@ -120,7 +120,7 @@ def test_options_reach_the_conversion(tiny: Path, tmp_path: Path, capsys: Captur
         "o_proj": "w4a16-g32",
         "gate_proj": "w4a16-g32",
         "up_proj": "w3a16-g16",
-        "down_proj": "w8a16",
+        "down_proj": "w8a16-g32",
     }
     assert opened.dtype == torch.bfloat16 and len(opened.reader.files) > 2
 
