@@ -135,17 +135,21 @@ def round_without_data(place: Workplace, blocks: list[Block]) -> list[LayerResul
     every: list[LayerResult] = []
     for index, block in enumerate(blocks):
         done = place.finished(block.path)
-        if done is None:
-            results, names = [], []
-            for layer in place.layers_of(block):
-                for name, q, result in round_together([layer], place.plan, place.source, None, place.model_dtype, place.device):
-                    names += place.write(name, q)
-                    results.append(result)
-                    place.listener.layer(result)
-            place.finish(block.path, results, names)
-        place.listener.block(index, done or results, resumed=done is not None)
-        every += done or results
+        results = _round_block(place, block) if done is None else done
+        place.listener.block(index, results, resumed=done is not None)
+        every += results
     return every
+
+
+def _round_block(place: Workplace, block: Block) -> list[LayerResult]:
+    results, names = [], []
+    for layer in place.layers_of(block):
+        for name, q, result in round_together([layer], place.plan, place.source, None, place.model_dtype, place.device):
+            names += place.write(name, q)
+            results.append(result)
+            place.listener.layer(result)
+    place.finish(block.path, results, names)
+    return results
 
 
 class CalibratedWork:
