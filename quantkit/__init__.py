@@ -22,7 +22,7 @@ def convert(source: str, out: str, **options: Any) -> ConversionReport:
         source: folder, hub id, `modelscope:org/name`, or "reference".
         out: the folder to write.
         options: recipe, format, calib (a path or data set), num_samples, seq_len, group_size, overrides, ignore, and the other fields of
-            quantkit.conversion.convert.ConvertOptions and quantkit.conversion.calibration.CalibrationOptions.
+            quantkit.conversion.options.ConvertOptions and quantkit.conversion.calibration.CalibrationOptions.
 
     Raises:
         quantkit.errors.QuantkitError: with nothing lost; the same call goes on with an unfinished run.
@@ -30,8 +30,8 @@ def convert(source: str, out: str, **options: Any) -> ConversionReport:
     from dataclasses import fields
 
     from quantkit.conversion.calibration import CalibrationOptions
-    from quantkit.conversion.convert import ConvertOptions
     from quantkit.conversion.convert import convert as run
+    from quantkit.conversion.options import ConvertOptions
     from quantkit.errors import UsageError, did_you_mean
 
     if "calib" in options:

@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
 from quantkit.conversion.calibration import CalibrationSet
-from quantkit.conversion.convert import ConvertOptions, Silent, convert, plan_conversion, run
+from quantkit.conversion.convert import Silent, convert, run
+from quantkit.conversion.options import ConvertOptions
+from quantkit.conversion.prepare import plan_conversion
 from quantkit.conversion.recipe import list_recipes
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.token_file import load_token_file
@@ -349,7 +351,7 @@ def test_padding_reaches_no_expert(tmp_path: Path, options: Options, monkeypatch
 
     save_random("qwen3_moe", tmp_path / "m")
     save_file({"input_ids": torch.randint(3, 64, (20, 60))}, tmp_path / "rows.safetensors")
-    monkeypatch.setattr("quantkit.conversion.convert.load_token_file", padded)
+    monkeypatch.setattr("quantkit.conversion.rows.load_token_file", padded)
 
     wanted = options(source=str(tmp_path / "rows.safetensors"), num_samples=20, measure=False, group_size=16)
     report = convert(str(tmp_path / "m"), tmp_path / "out", wanted)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from quantkit.conversion.convert import ConvertOptions, convert, plan_conversion
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.plan import Plan
+from quantkit.conversion.prepare import plan_conversion
 from quantkit.errors import RecipeError
 from tests.conversion.conftest import save_tiny
 from tests.models.test_streaming import FAMILIES, save_random

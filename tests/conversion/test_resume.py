@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from quantkit.conversion.convert import ConvertOptions, Silent, convert
+from quantkit.conversion.convert import Silent, convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.report import LayerResult
 from quantkit.errors import Interrupted, OutputError, QuantkitError
 from quantkit.formats.opened import OpenedCheckpoint
