@@ -16,8 +16,9 @@ MAY_IMPORT = {
     "methods": {"core"},
     "conversion": {"methods", "formats", "checkpoint", "models", "core"},
     "evaluation": {"formats", "checkpoint", "models", "core"},
+    "runtime": {"formats", "checkpoint", "models", "core"},
     "bench": {"checkpoint"},
-    "cli": {"bench", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
+    "cli": {"bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
