@@ -16,6 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def test_every_package_ships() -> None:
     listed = set(PROJECT["tool"]["setuptools"]["packages"])
     folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "quantkit").rglob("__init__.py")}
+    folders |= {p.parent.relative_to(ROOT / "kernels").as_posix().replace("/", ".") for p in (ROOT / "kernels").rglob("__init__.py")}
     assert folders | {"quantkit.recipes", "quantkit.evals"} == listed
 
 
