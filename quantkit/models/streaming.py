@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SourceError
 from quantkit.models.architecture import Architecture, Block
@@ -30,7 +29,7 @@ _UNMIXED = 1e-5
 
 
 class Weights(Protocol):
-    """Dense tensors by checkpoint name; linears come as [N, K] or as the file keeps them."""
+    """Dense tensors by checkpoint name, each as an unquantized file keeps it: a Conv1D's is [K, N]."""
 
     def __contains__(self, name: object) -> bool: ...
 
@@ -70,7 +69,7 @@ class BlockRunner:
         model = self.architecture.model
         inside = tuple(f"{block.path}." for block in self.architecture.blocks)
         for name, parameter in [*model.named_parameters(), *_persistent_buffers(model)]:
-            if not name.startswith(inside):
+            if not name.startswith(inside) and self.architecture.stored.owner(name) == name:
                 self._set(model, name, name, parameter, weights)
         model.tie_weights()
 
@@ -222,17 +221,14 @@ class BlockRunner:
             del embedding.forward
 
     def _set(self, module: nn.Module, name: str, path: str, parameter: Tensor, weights: Weights) -> None:
-        found = self.architecture.find(path, weights)
-        if found is None:
-            if path in _tied(self.architecture.model):
-                return
+        stored = self.architecture.stored
+        owner = stored.owner(path)
+        sources = stored.sources(owner)
+        if not sources or not all(source in weights for source in sources):
             raise SourceError(f"the checkpoint has no tensor for {path} {list(parameter.shape)}")
-        value = weights.get(found)
-        owner = module.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, Conv1D) and found.removesuffix(".weight") in getattr(weights, "schemes", ()):
-            value = value.T.contiguous()  # decoded linears are [N, K]
+        value = stored.read(owner, weights.get)
         if value.shape != parameter.shape:
-            raise SourceError(f"{found} is {list(value.shape)} in the checkpoint; the config's model wants {list(parameter.shape)}")
+            raise SourceError(f"{sources[0]} is {list(value.shape)} in the checkpoint; the config's model wants {list(parameter.shape)}")
         dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
         set_module_tensor_to_device(module, name, self.device, value=value, dtype=dtype)
 
@@ -280,11 +276,6 @@ def _bound(forward: Callable[..., Any], index: int, original: Callable[..., Any]
         return forward(index, hidden, original, args[1:] if args else (), kwargs)
 
     return bound
-
-
-def _tied(model: nn.Module) -> set[str]:
-    keys = getattr(model, "_tied_weights_keys", None) or {}
-    return set(keys) if getattr(model.config.get_text_config(), "tie_word_embeddings", False) else set()
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

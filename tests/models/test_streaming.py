@@ -119,5 +119,5 @@ def test_every_matrix_of_a_block_is_a_linear_or_named_as_left_alone(family: str,
     matrices = {n for n in reader.names if len(reader.info(n).shape) > 1 and any(f".{i}." in n for i in range(3))}
 
     assert linears <= set(reader.names)
-    unnamed = {m for m in matrices - linears if not any(architecture.find(f"{name}.weight", reader) == m or m.startswith(name) for name in alone)}
+    unnamed = {m for m in matrices - linears if not any(architecture.stored.find(f"{name}.weight") == m or m.startswith(name) for name in alone)}
     assert not unnamed
