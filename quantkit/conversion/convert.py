@@ -23,6 +23,7 @@ from quantkit.conversion.rows import load_rows, split_rows
 from quantkit.conversion.work import CalibratedWork, Listener, Workplace, carry, round_without_data
 from quantkit.core.divergence import DivergenceResult
 from quantkit.errors import Interrupted
+from quantkit.formats.streamed import FileOrder
 from quantkit.models.streaming import BlockRunner
 
 
@@ -68,7 +69,8 @@ def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
         ledger = Ledger.open(partial, _identity(prepared, rows), fresh=options.fresh)
         with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
             writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
-            place = Workplace(prepared.source, plan, writer, ledger, listener, DTYPES[options.dtype] or prepared.source.dtype, prepared.device)
+            weights = FileOrder(prepared.source, prepared.architecture)
+            place = Workplace(weights, plan, writer, ledger, listener, DTYPES[options.dtype] or prepared.source.dtype, prepared.device)
             results, divergence = _work(prepared, place, rows, partial)
             writer.close()
         report = make_report(prepared, out, results, divergence, rows, time.monotonic() - started)

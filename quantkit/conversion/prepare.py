@@ -76,13 +76,11 @@ def require_apart(source: Path, out: Path) -> None:
 
 def _require_tensors(architecture: Architecture, opened: OpenedCheckpoint, origin: Source) -> None:
     """Every parameter of the model is in the checkpoint, in the shape its config says; a tied head need not be."""
-    is_tied = bool(getattr(architecture.config.get_text_config(), "tie_word_embeddings", False))
-    outside = {f"{linear.path}.weight" for linear in architecture.outside}
     absent = []
     for path, parameter in architecture.model.named_parameters():
-        name = architecture.find(path, opened)
+        name = architecture.stored.find(path)
         if name is None:
-            absent += [] if is_tied and path in outside else [path]
+            absent += [] if architecture.stored.sources(architecture.stored.owner(path)) else [path]
         elif name in opened.reader and (stored := opened.reader.info(name).shape) != tuple(parameter.shape):
             wanted = list(parameter.shape)
             raise SourceError(f"{origin.name}: {name} is {list(stored)} where config.json asks for {wanted}; the two belong to different models")

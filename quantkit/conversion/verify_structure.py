@@ -24,9 +24,9 @@ def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> 
     """Parameters of the model that the checkpoint lacks, or holds in another shape."""
     problems = []
     for path, parameter in architecture.model.named_parameters():
-        found = architecture.find(path, opened)
+        found = architecture.stored.find(path)
         if found is None:
-            if path not in _tied(architecture):
+            if not architecture.stored.sources(architecture.stored.owner(path)):
                 problems.append(f"no tensor for {path} {list(parameter.shape)}")
             continue
         shape, wanted = _shape(opened, found), tuple(parameter.shape)
@@ -39,7 +39,7 @@ def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> 
 def unknown_tensors(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
     """Tensors stored as they are that the model has no place for."""
     places = [*architecture.model.named_parameters(), *architecture.model.named_buffers()]
-    known = {architecture.find(path, opened) for path, _ in places}
+    known = {source for path, _ in places for source in architecture.stored.sources(path)}
     return [name for name in opened.dense_names if name not in known]
 
 
@@ -137,8 +137,3 @@ def _same_shape(found: torch.Size | tuple[int, ...], wanted: tuple[int, ...]) ->
     if tuple(found) == wanted or (len(wanted) == 2 and wanted[1] == 1 and tuple(found) == wanted[:1]):
         return True
     return len(found) == len(wanted) == 2 and found[0] == wanted[0] and found[1] > wanted[1] and wanted[1] > 1
-
-
-def _tied(architecture: Architecture) -> set[str]:
-    keys = getattr(architecture.model, "_tied_weights_keys", None) or {}
-    return set(keys) if getattr(architecture.config.get_text_config(), "tie_word_embeddings", False) else set()
