@@ -2,7 +2,8 @@
 
 The model's own forward decides what a block is given besides hidden states (masks, rotary tables, which differ from block to block in some
 families): it is run with the embedding replaced by the hidden states at hand and every block but one passed through, and is left as soon as
-that block has answered. So nothing but hidden states is kept between blocks, and no family needs a table.
+that block has answered. So nothing but hidden states is kept between blocks, and no family needs a table. Where what a block is given follows
+from the embedding itself (per-layer embeddings, say), the embedding stays loaded and answers, and the states go to the block alone.
 """
 
 from __future__ import annotations
