@@ -41,11 +41,10 @@ def peak_memory() -> int:
 def write_side_files(prepared: Prepared, partial: Path, report: ConversionReport) -> None:
     """Everything beside the weights; config.json, which makes the folder a model, comes last."""
     copy_side_files(prepared.origin.folder, partial, exclude=(CARD_FILE, REPORT_FILE, RECIPE_FILE))
-    layers = {name: layer.scheme for name, layer in prepared.plan.layers.items()}
     config = {k: v for k, v in prepared.source.reader.config.items() if k not in ("quantization_config", "compression_config")}
     if prepared.options.dtype != "auto":
         config |= {"dtype": prepared.options.dtype} | ({"torch_dtype": prepared.options.dtype} if "torch_dtype" in config else {})
-    config["quantization_config"] = prepared.plan.format.config(layers, prepared.plan.ignored)
+    config["quantization_config"] = prepared.plan.format.config(prepared.plan.schemes, prepared.plan.ignored)
     _write_text(partial / RECIPE_FILE, prepared.recipe.to_yaml())
     _write_text(partial / CARD_FILE, model_card(report, prepared.origin.name))
     _write_text(partial / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")

@@ -66,6 +66,12 @@ class Plan:
         return {tensor.name: tensor for tensor in self.tensors}
 
     @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Every quantized layer's scheme by its name in the checkpoint and, where that is another, in transformers' module tree."""
+        by_name = {name: layer.scheme for name, layer in self.layers.items()}
+        return by_name | {layer.linear.path: layer.scheme for layer in self.layers.values()}
+
+    @property
     def bytes_after(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 

@@ -54,14 +54,18 @@ class StoredNames:
             renamed = name
             for renaming in renamings:
                 renamed, _ = renaming.rename_source_key(renamed)
+            target, matched = self._in_tree(renamed, paths), None
             for converter in converters:
-                target, pattern = converter.rename_source_key(renamed)
+                converted, pattern = converter.rename_source_key(renamed)
                 if pattern is not None:
-                    self._convert(converter, self._in_tree(target, paths), pattern, name, renamed)
+                    target, matched = self._in_tree(converted, paths), (converter, pattern)
                     break
+            if target not in paths and self._in_tree(name, paths) in paths:  # it has its name in the tree already
+                target, matched = self._in_tree(name, paths), None
+            if matched is None:
+                self._stored.setdefault(target, name)
             else:
-                target = self._in_tree(renamed, paths)
-                self._stored.setdefault(target if target in paths else self._in_tree(name, paths), name)
+                self._convert(*matched, target, name, renamed)
 
     def find(self, parameter: str) -> str | None:
         """The stored tensor that is this parameter; None when there is none, or it is made of others."""
@@ -100,7 +104,7 @@ class StoredNames:
         other = name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}"
         return other if name not in paths and other in paths else name
 
-    def _convert(self, converter: WeightConverter, target: str, pattern: str, name: str, renamed: str) -> None:
+    def _convert(self, converter: WeightConverter, pattern: str, target: str, name: str, renamed: str) -> None:
         conversion = self._made.get(target) or Conversion(converter, target)
         conversion.sources.append((pattern, name))
         for made in conversion.targets:

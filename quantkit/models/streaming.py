@@ -2,12 +2,13 @@
 
 The model's own forward decides what a block is given besides hidden states (masks, rotary tables, which differ from block to block in some
 families): it is run with the embedding replaced by the hidden states at hand and every block but one passed through, and is left as soon as
-that block has answered. So nothing but hidden states is kept between blocks, and no family needs a table.
+that block has answered. So nothing but hidden states is kept between blocks, and no family needs a table. Where what a block is given follows
+from the embedding itself (per-layer embeddings, say), the embedding stays loaded and answers, and the states go to the block alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise, product
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from quantkit.errors import SourceError
 from quantkit.models.architecture import Architecture, Block
+from quantkit.models.given import copied, is_same, on_meta
 
 _FEW_TOKENS = 4
 
@@ -132,7 +134,7 @@ class BlockRunner:
                 continue
             if not all(is_passed_on for is_passed_on, _ in first):
                 continue
-            if len(first) == len(second) and all(_is_same(a, b) for (_, a), (_, b) in zip(first, second, strict=True)):
+            if len(first) == len(second) and all(is_same(a, b) for (_, a), (_, b) in zip(first, second, strict=True)):
                 if any(isinstance(given, dict) for _, (args, kwargs) in first[:-1] for given in (*args, *kwargs.values())):
                     self._refuse_looking_back(hidden, input_ids, position_ids)
                 return
@@ -178,7 +180,7 @@ class BlockRunner:
 
         def record(index: int, passing: Tensor, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             is_next = index == len(given) and passing.shape == hidden.shape
-            given.append((is_next and (not passing_on or torch.equal(passing, passing_on[-1])), _copied((args, kwargs))))
+            given.append((is_next and (not passing_on or torch.equal(passing, passing_on[-1])), copied((args, kwargs))))
             passing_on.append(hidden * (index + 2))
             return self._pass(passing_on[-1])
 
@@ -192,7 +194,7 @@ class BlockRunner:
 
         def look(index: int, passing: Tensor, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             try:
-                original(*_on_meta((passing, *args)), **_on_meta(kwargs))
+                original(*on_meta((passing, *args)), **on_meta(kwargs))
             except KeyError as error:
                 fault = f"block {index} reads {error} of an earlier block"
                 raise SourceError(f"{self._name} cannot be run block by block: {fault}") from error
@@ -283,34 +285,6 @@ def decoder_linears(block: Block, model: nn.Module) -> dict[str, nn.Module]:
 
 def _answer(output: Tensor) -> Any:
     raise _Answered(output)
-
-
-def _copied(given: Any) -> Any:
-    """The tensors in what a block was given, as they are now."""
-    if isinstance(given, Tensor):
-        return given.clone()
-    if isinstance(given, Mapping):
-        return {key: _copied(value) for key, value in given.items()}
-    return [_copied(value) for value in given] if isinstance(given, list | tuple) else None
-
-
-def _on_meta(given: Any) -> Any:
-    """The same without values; what blocks write into a mapping does not reach the next."""
-    if isinstance(given, Tensor):
-        return given.to("meta")
-    if isinstance(given, Mapping):
-        return {key: _on_meta(value) for key, value in given.items()}
-    return type(given)(map(_on_meta, given)) if type(given) in (list, tuple) else given
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a.nan_to_num(), b.nan_to_num())
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_is_same, a, b))
-    return a is b
 
 
 def _bound(forward: Callable[..., Any], index: int, original: Callable[..., Any]) -> Callable[..., Any]:

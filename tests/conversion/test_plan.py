@@ -15,6 +15,8 @@ from quantkit.conversion.plan import Plan
 from quantkit.conversion.prepare import plan_conversion
 from quantkit.errors import RecipeError
 from tests.conversion.conftest import save_tiny
+from tests.models.test_families import FAMILIES as MORE
+from tests.models.test_families import save_random as save_family
 from tests.models.test_streaming import FAMILIES, save_random
 
 
@@ -144,3 +146,17 @@ def test_a_plan_reads_no_weights(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("quantkit.checkpoint.reader.CheckpointReader.get", None)
 
     assert len(planned(tiny, "w4a16-gptq").layers) == 14
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["lfm3", "minimax_m2"])
+def test_layers_are_listed_by_both_names_where_the_file_and_the_module_tree_differ(family: str, tmp_path: Path) -> None:
+    save_family(family, tmp_path, MORE.get(family, {}))
+
+    plan = planned(tmp_path, overrides=("gate_proj|o_proj=w8a16",))
+
+    renamed = {layer.linear.name: layer.linear.path for layer in plan.layers.values() if layer.linear.name != layer.linear.path}
+    assert renamed and all(plan.schemes[name] == plan.schemes[path] for name, path in renamed.items())
+    config = plan.format.config(plan.schemes, plan.ignored)
+    targets = {target for group in config["config_groups"].values() for target in group["targets"]}
+    assert len(config["config_groups"]) > 1 and targets >= renamed.keys() | set(renamed.values())
