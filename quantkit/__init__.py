@@ -1,6 +1,6 @@
-"""Make a Hugging Face language model small, and prove what that cost.
+"""Make a Hugging Face language model small, prove what that cost, and run it.
 
-`convert` writes a quantized checkpoint, `inspect` says what a checkpoint is. Importing this loads no torch; calling does.
+`convert` writes a quantized checkpoint, `inspect` says what a checkpoint is, `LLM` runs it. Importing this loads no torch; calling does.
 """
 
 from __future__ import annotations
@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantkit.conversion.report import ConversionReport
     from quantkit.formats.summary import Summary
+    from quantkit.runtime.llm import LLM
+    from quantkit.runtime.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "inspect"]
+__all__ = ["LLM", "SamplingParams", "__version__", "convert", "inspect"]  # the capitals are loaded when asked for
+_LAZY = {"LLM": "quantkit.runtime.llm", "SamplingParams": "quantkit.runtime.sampling_params"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def convert(source: str, out: str, **options: Any) -> ConversionReport:

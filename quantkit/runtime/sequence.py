@@ -25,6 +25,7 @@ class Sequence:
         num_computed: tokens whose keys and values lie in `blocks`.
         num_cached: tokens of the prompt that were found in the cache at the first admission.
         draft: guessed tokens behind `tokens`, to be verified in the next step.
+        seed: decides its draws, together with the place of the token drawn.
         level: the priority it was admitted with, which waiting has raised.
         arrival: order of arrival, and arrived_at the step of it.
         num_remembered: its first blocks that the pool has been told of.
@@ -36,6 +37,7 @@ class Sequence:
     priority: int = 0
     tenant: str = ""
     salt: str = ""
+    seed: int = 0
     siblings: list[Sequence] = field(default_factory=list)
     num_prompt: int = 0
     blocks: list[int] = field(default_factory=list)
