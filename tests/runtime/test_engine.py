@@ -137,7 +137,9 @@ def test_several_continuations_differ_and_share_the_prompt(reference: Path, prom
 
     texts = {tuple(c.token_ids) for c in out.completions}
     assert len(texts) == 3 and all(len(c.token_ids) == 10 for c in out.completions)
-    assert llm.generate(prompts[5], max_tokens=10, temperature=1.0, seed=1, ignore_eos=True)[0].completions[0].token_ids == out.completions[0].token_ids
+    assert (
+        llm.generate(prompts[5], max_tokens=10, temperature=1.0, seed=1, ignore_eos=True)[0].completions[0].token_ids == out.completions[0].token_ids
+    )
 
 
 def test_log_probabilities_of_prompt_and_answer_are_transformers(reference: Path, prompts: list[list[int]]) -> None:
@@ -185,7 +187,9 @@ def test_leaving_a_stream_gives_its_blocks_back(reference: Path) -> None:
     assert llm.engine.scheduler.pool.num_used == 0 and not llm.engine.has_work
 
 
-def test_logits_that_are_not_finite_fail_that_request_and_no_other(reference: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_fail_that_request_and_no_other(
+    reference: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = engine(reference)
     forward = llm.engine.runner.forward
 
@@ -210,7 +214,9 @@ def test_a_smaller_cache_costs_little(kind: str, reference: Path, prompts: list[
     settings = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
     exact, near = (engine(reference, kv_cache_dtype=k).generate(prompts[:6], **settings) for k in ("float32", kind))
 
-    pairs = [(a.logprob, b.logprob) for x, y in zip(exact, near, strict=True) for a, b in zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True)]
+    pairs = [
+        (a.logprob, b.logprob) for x, y in zip(exact, near, strict=True) for a, b in zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True)
+    ]
     a, b = torch.tensor(pairs).T
     assert (a - b).abs().mean() < {"fp8": 0.05, "int8": 0.02}.get(kind, 0.01)
     assert not torch.equal(a, b)
@@ -222,7 +228,9 @@ def test_the_fast_mode_is_near_the_exact_one(reference: Path, prompts: list[list
 
     exact, fast = (engine(tmp_path / "out", mode=mode).generate(prompts[:6], **settings) for mode in ("exact", "fast"))
 
-    pairs = [(a.logprob, b.logprob) for x, y in zip(exact, fast, strict=True) for a, b in zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True)]
+    pairs = [
+        (a.logprob, b.logprob) for x, y in zip(exact, fast, strict=True) for a, b in zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True)
+    ]
     a, b = torch.tensor(pairs).T
     assert (a - b).abs().mean() < 0.05
 
