@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "formats": {"checkpoint", "models", "core"},
     "methods": {"core"},
     "conversion": {"methods", "formats", "checkpoint", "models", "core"},
-    "evaluation": {"formats", "checkpoint", "models", "core"},
+    "evaluation": {"runtime", "formats", "checkpoint", "models", "core"},
     "runtime": {"formats", "checkpoint", "models", "core"},
     "bench": {"checkpoint", "runtime"},
     "cli": {"bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
