@@ -1,6 +1,6 @@
-"""Make a Hugging Face language model small, and prove what that cost.
+"""Make a Hugging Face language model small, prove what that cost, and run it.
 
-`convert` writes a quantized checkpoint, `inspect` says what a checkpoint is. Importing this loads no torch; calling does.
+`convert` writes a quantized checkpoint, `inspect` says what a checkpoint is, `LLM` runs it. Importing this loads no torch; calling does.
 """
 
 from __future__ import annotations
@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantkit.conversion.report import ConversionReport
     from quantkit.formats.summary import Summary
+    from quantkit.runtime.llm import LLM
+    from quantkit.runtime.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "inspect"]
+__all__ = ["LLM", "SamplingParams", "__version__", "convert", "inspect"]  # the capitals are loaded when asked for
+_LAZY = {"LLM": "quantkit.runtime.llm", "SamplingParams": "quantkit.runtime.sampling_params"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def convert(source: str, out: str, **options: Any) -> ConversionReport:
@@ -22,7 +33,7 @@ def convert(source: str, out: str, **options: Any) -> ConversionReport:
         source: folder, hub id, `modelscope:org/name`, or "reference".
         out: the folder to write.
         options: recipe, format, calib (a path or data set), num_samples, seq_len, group_size, overrides, ignore, and the other fields of
-            quantkit.conversion.convert.ConvertOptions and quantkit.conversion.calibration.CalibrationOptions.
+            quantkit.conversion.options.ConvertOptions and quantkit.conversion.calibration.CalibrationOptions.
 
     Raises:
         quantkit.errors.QuantkitError: with nothing lost; the same call goes on with an unfinished run.
@@ -30,8 +41,8 @@ def convert(source: str, out: str, **options: Any) -> ConversionReport:
     from dataclasses import fields
 
     from quantkit.conversion.calibration import CalibrationOptions
-    from quantkit.conversion.convert import ConvertOptions
     from quantkit.conversion.convert import convert as run
+    from quantkit.conversion.options import ConvertOptions
     from quantkit.errors import UsageError, did_you_mean
 
     if "calib" in options:

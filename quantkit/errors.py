@@ -7,6 +7,8 @@ QuantkitError
 ├── FormatError         a container that cannot hold, or does not contain, what was asked
 ├── RecipeError         a recipe that is not valid or not known
 ├── CalibrationError    calibration data that is empty, too short or unreadable
+├── RequestError        a request to the runtime that cannot be served: parameters, length, tokens
+├── EngineError         the runtime itself failed; every waiting caller gets it
 ├── OutputError         a place that cannot be written: it exists, is read-only, or has no space
 └── Interrupted         a clean stop asked for by the user; the work so far is kept
 """
@@ -44,6 +46,14 @@ class RecipeError(QuantkitError):
 
 
 class CalibrationError(QuantkitError):
+    pass
+
+
+class RequestError(QuantkitError):
+    exit_code = 2
+
+
+class EngineError(QuantkitError):
     pass
 
 

@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "formats": {"checkpoint", "models", "core"},
     "methods": {"core"},
     "conversion": {"methods", "formats", "checkpoint", "models", "core"},
-    "evaluation": {"formats", "checkpoint", "models", "core"},
-    "bench": {"checkpoint"},
-    "cli": {"bench", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
+    "evaluation": {"runtime", "formats", "checkpoint", "models", "core"},
+    "runtime": {"formats", "checkpoint", "models", "core"},
+    "bench": {"checkpoint", "runtime"},
+    "cli": {"bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

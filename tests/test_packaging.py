@@ -16,6 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def test_every_package_ships() -> None:
     listed = set(PROJECT["tool"]["setuptools"]["packages"])
     folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "quantkit").rglob("__init__.py")}
+    folders |= {p.parent.relative_to(ROOT / "kernels").as_posix().replace("/", ".") for p in (ROOT / "kernels").rglob("__init__.py")}
     assert folders | {"quantkit.recipes", "quantkit.evals"} == listed
 
 
@@ -27,7 +28,7 @@ def test_version_is_stated_once() -> None:
 
 
 def test_public_names_exist() -> None:
-    assert set(quantkit.__all__) == {"__version__", "convert", "inspect"}
+    assert set(quantkit.__all__) == {"LLM", "SamplingParams", "__version__", "convert", "inspect"}
     assert all(hasattr(quantkit, name) for name in quantkit.__all__)
 
 

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit.conversion.calibration import CalibrationOptions, CalibrationSet, load_calibration
-from quantkit.conversion.convert import ConvertOptions, convert
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.core.divergence import Divergence
 from quantkit.formats.opened import OpenedCheckpoint
 

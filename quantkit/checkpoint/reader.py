@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ class CheckpointReader:
     def names(self) -> list[str]:
         """All tensors, file by file in the order of their bytes."""
         return list(self._tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

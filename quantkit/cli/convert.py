@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from quantkit.conversion.convert import ConvertOptions
+    from quantkit.conversion.options import ConvertOptions
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -67,7 +67,8 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
     from pathlib import Path
 
     from quantkit.cli.progress import ConvertProgress, console, show_plan, show_report
-    from quantkit.conversion.convert import check_output, plan_conversion, run
+    from quantkit.conversion.convert import run
+    from quantkit.conversion.prepare import check_output, plan_conversion
 
     settings = _settings(options)
     check_output(source, Path(out), settings)
@@ -89,7 +90,7 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
 
 def _settings(options: dict[str, Any]) -> ConvertOptions:
     from quantkit.conversion.calibration import CalibrationOptions
-    from quantkit.conversion.convert import ConvertOptions
+    from quantkit.conversion.options import ConvertOptions
 
     calibration = CalibrationOptions(
         source=options["calib"], num_samples=options["num_samples"], seq_len=options["seq_len"], text_column=options["text_column"],

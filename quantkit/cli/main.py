@@ -16,6 +16,8 @@ COMMANDS = {
     "convert": "quantkit.cli.convert:convert",
     "inspect": "quantkit.cli.inspect:inspect",
     "verify": "quantkit.cli.verify:verify",
+    "generate": "quantkit.cli.generate:generate",
+    "chat": "quantkit.cli.chat:chat",
     "eval": "quantkit.cli.eval:evaluate",
     "recipes": "quantkit.cli.recipes:recipes",
     "bench": "quantkit.cli.bench:bench",
@@ -51,6 +53,7 @@ def cli() -> None:
     quantkit convert reference -o out            # 4 bits by GPTQ, on the model that ships with quantkit
     quantkit convert org/name -o out -r w4a16-gptq -f gptq
     quantkit eval out --baseline org/name
+    quantkit generate out --prompt "Once upon a time"
 
     Add --debug to any command for a full traceback on errors.
     """

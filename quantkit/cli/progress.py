@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from quantkit.cli.tables import results_console
-from quantkit.conversion.convert import Prepared
+from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult
 
 console = Console(stderr=True, highlight=False, markup=False)

@@ -12,7 +12,8 @@ from quantkit.checkpoint.disk import disk_errors
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.models.streaming import BlockRunner, Place
 
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 8192}
+"""What a CPU's caches hold is faster: stories3m took 15% longer at 8192."""
 IN_MEMORY_BYTES = 4 << 30
 
 
@@ -36,8 +37,9 @@ class HiddenStates:
         self.states = _mapped(folder / f"{name}.states", num_bytes, dtype).view(shape) if num_bytes else torch.empty(shape, dtype=dtype)
 
     def batches(self, runner: BlockRunner, index: int | None) -> list[Place]:
-        """Rows of about TOKENS_AT_ONCE tokens, or single texts, for block `index` or the embedding (None)."""
-        return runner.places(index, self.rows.position_ids, max(1, TOKENS_AT_ONCE // self.rows.input_ids.shape[1]))
+        """A few rows, or single texts, for block `index` or the embedding (None)."""
+        at_once = TOKENS_AT_ONCE["cpu" if runner.device.type == "cpu" else "gpu"]
+        return runner.places(index, self.rows.position_ids, max(1, at_once // self.rows.input_ids.shape[1]))
 
     def embed(self, runner: BlockRunner) -> None:
         for batch in self.batches(runner, None):

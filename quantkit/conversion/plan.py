@@ -8,6 +8,8 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint.writer import TensorPlan
 from quantkit.conversion.recipe import Recipe, Rule
@@ -40,7 +42,6 @@ class Plan:
         left_alone: matrices of the blocks and the head that keep their type, with the reason.
         tensors: every output tensor in the order of the file.
         carried: dense names copied as they are (cast to `dtype` when one is given).
-        turned: those of them that come decoded, [N, K], and are kept as [K, N] by a Conv1D.
     """
 
     format: Format
@@ -53,7 +54,6 @@ class Plan:
     bits_of_layers: int = 0
     weights_of_layers: int = 0
     parameters: int = 0
-    turned: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -64,6 +64,12 @@ class Plan:
     def planned(self) -> dict[str, TensorPlan]:
         """The output tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Every quantized layer's scheme by its name in the checkpoint and, where that is another, in transformers' module tree."""
+        by_name = {name: layer.scheme for name, layer in self.layers.items()}
+        return by_name | {layer.linear.path: layer.scheme for layer in self.layers.values()}
 
     @property
     def bytes_after(self) -> int:
@@ -104,7 +110,7 @@ def make_plan(source: OpenedCheckpoint, architecture: Architecture, recipe: Reci
     layers, left_alone = _decide(architecture, recipe, source, get_format(format_name))
     fmt = get_format(format_name, (layer.scheme for layer in layers.values()))
     _check_format(fmt, layers)
-    plan = Plan(fmt, layers, left_alone, _ignored_linears(architecture, layers, source), [], [], source.reader.total_bytes)
+    plan = Plan(fmt, layers, left_alone, _ignored_linears(architecture, layers), [], [], source.reader.total_bytes)
     model_dtype = dtype or source.dtype
     conv1d = {linear.name for block in architecture.blocks for linear in block.linears if linear.is_transposed}
     for name in _in_file_order(source):
@@ -117,7 +123,6 @@ def make_plan(source: OpenedCheckpoint, architecture: Architecture, recipe: Reci
             shape = tuple(info.shape) if info is not None else source.quantized(module).shape
             if info is None and module in conv1d:
                 shape = shape[::-1]
-                plan.turned.add(name)
             plan.tensors.append(TensorPlan(name, dtype if dtype is not None and kept.is_floating_point else kept, shape))
             plan.carried.append(name)
             plan.parameters += torch.Size(shape).numel()
@@ -221,11 +226,19 @@ def _check_format(fmt: Format, layers: dict[str, LayerPlan]) -> None:
         raise FormatError(f"{fmt.name} cannot hold {layers[names[0]].scheme.name} of {_and_more(names)}: {why}")
 
 
-def _ignored_linears(architecture: Architecture, layers: dict[str, LayerPlan], source: OpenedCheckpoint) -> list[str]:
-    """Matrices that a loader would otherwise take for quantized, by checkpoint name: some make a Linear of what is none here, such as a router."""
-    every = [*architecture.outside, *(linear for block in architecture.blocks for linear in block.linears)]
-    alone = [architecture.find(f"{name}.weight", source) or name for block in architecture.blocks for name in block.left_alone]
-    return sorted({linear.name for linear in every if linear.name not in layers} | {name.removesuffix(".weight") for name in alone})
+def _ignored_linears(architecture: Architecture, layers: dict[str, LayerPlan]) -> list[str]:
+    """Matrices that a loader would otherwise take for quantized: some make a Linear of what is none here, such as a router.
+
+    By the name in the checkpoint and, where that is another, in transformers' module tree: engines go by the one, transformers by the other.
+    """
+    quantized = {layer.linear.path for layer in layers.values()}
+    alone = {name for block in architecture.blocks for name in block.left_alone}
+    names = set()
+    for path, module in architecture.model.named_modules():
+        if path in alone or (isinstance(module, nn.Linear | Conv1D) and path not in quantized):
+            parts = [part for parameter, _ in module.named_parameters(path, recurse=False) for part in architecture.stored.sources(parameter)]
+            names |= {path, *(part.removesuffix(".weight") for part in parts if part.endswith(".weight"))}
+    return sorted(names)
 
 
 def _in_file_order(source: OpenedCheckpoint) -> list[str]:

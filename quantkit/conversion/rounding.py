@@ -73,8 +73,7 @@ def finite_weight(layer: LayerPlan, weights: Weights) -> Tensor:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise SourceError(f"{name} holds {bad} values that are NaN or infinite; the source model is damaged")
-    is_decoded = layer.linear.name in getattr(weights, "schemes", ())  # then it is [N, K] already
-    return weight.T.contiguous() if layer.linear.is_transposed and not is_decoded else weight
+    return weight.T.contiguous() if layer.linear.is_transposed else weight
 
 
 def relative_error(weight: Tensor, rounded: Tensor, statistics: Statistics | None) -> float:

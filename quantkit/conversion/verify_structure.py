@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> 
     """Parameters of the model that the checkpoint lacks, or holds in another shape."""
     problems = []
     for path, parameter in architecture.model.named_parameters():
-        found = architecture.find(path, opened)
+        found = architecture.stored.find(path)
         if found is None:
-            if path not in _tied(architecture):
+            if not architecture.stored.sources(architecture.stored.owner(path)):
                 problems.append(f"no tensor for {path} {list(parameter.shape)}")
             continue
         shape, wanted = _shape(opened, found), tuple(parameter.shape)
@@ -39,7 +39,7 @@ def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> 
 def unknown_tensors(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
     """Tensors stored as they are that the model has no place for."""
     places = [*architecture.model.named_parameters(), *architecture.model.named_buffers()]
-    known = {architecture.find(path, opened) for path, _ in places}
+    known = {source for path, _ in places for source in architecture.stored.sources(path)}
     return [name for name in opened.dense_names if name not in known]
 
 
@@ -82,7 +82,7 @@ def _compressed_tensors_problems(config: Mapping[str, Any], opened: OpenedCheckp
     ignored = Targets(config.get("ignore") or ())
     linears = _linear_names(architecture)
     modules = {name for name, _ in architecture.model.named_modules()} | linears | {name.rpartition(".")[0] for name in opened.dense_names}
-    for target in targets.idle(opened.schemes):
+    for target in targets.idle(opened.schemes.keys() | _other_names(architecture, opened.schemes)):
         yield f"config_groups targets {target!r}, and no quantized layer has that name"
     for entry in ignored.idle(modules):
         yield f"ignore lists {entry!r}, and the model has no such layer"
@@ -108,7 +108,7 @@ def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architec
     dynamic = config.get("dynamic") or {}
     skipped = NamePatterns({entry: entry[2:] for entry in dynamic if entry.startswith("-:")})
     changed = NamePatterns({entry: entry.removeprefix("+:") for entry in dynamic if not entry.startswith("-:")})
-    known = linears | fused_groups(linears).keys()
+    known = linears | _other_names(architecture, linears) | fused_groups(linears).keys()
     for entry in skipped.idle(known) + changed.idle(known):
         yield f"dynamic has {entry!r}, which matches no layer"
     outside = {linear.name for linear in architecture.outside}
@@ -119,6 +119,12 @@ def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architec
 
 def _linear_names(architecture: Architecture) -> set[str]:
     return {linear.name for block in architecture.blocks for linear in block.linears} | {linear.name for linear in architecture.outside}
+
+
+def _other_names(architecture: Architecture, layers: Collection[str]) -> set[str]:
+    """What transformers' module tree calls these layers."""
+    every = [linear for block in architecture.blocks for linear in block.linears] + architecture.outside
+    return {linear.path for linear in every if linear.name in layers}
 
 
 def _shape(opened: OpenedCheckpoint, name: str) -> tuple[int, ...] | None:
@@ -137,8 +143,3 @@ def _same_shape(found: torch.Size | tuple[int, ...], wanted: tuple[int, ...]) ->
     if tuple(found) == wanted or (len(wanted) == 2 and wanted[1] == 1 and tuple(found) == wanted[:1]):
         return True
     return len(found) == len(wanted) == 2 and found[0] == wanted[0] and found[1] > wanted[1] and wanted[1] > 1
-
-
-def _tied(architecture: Architecture) -> set[str]:
-    keys = getattr(architecture.model, "_tied_weights_keys", None) or {}
-    return set(keys) if getattr(architecture.config.get_text_config(), "tie_word_embeddings", False) else set()

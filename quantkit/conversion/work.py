@@ -25,12 +25,11 @@ from quantkit.conversion.statistics import HessianCollector
 from quantkit.core.divergence import Divergence, DivergenceResult
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import SourceError
-from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows, logit_places
 from quantkit.models.experts import skipping_padding
-from quantkit.models.streaming import BlockRunner, decoder_linears
+from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
 
 _LOOKED_AT_ONCE = 1 << 24
 _CARRIED_AT_ONCE = 256 << 20
@@ -53,7 +52,7 @@ class Listener(Protocol):
 class Workplace:
     """What every unit of work needs."""
 
-    source: OpenedCheckpoint
+    source: Weights
     plan: Plan
     writer: CheckpointWriter
     ledger: Ledger
@@ -93,9 +92,7 @@ def carry(place: Workplace) -> None:
         if place.ledger.is_done(unit):
             continue
         for name in names:
-            tensor = place.source.get(name)
-            tensor = tensor.T if name in place.plan.turned else tensor
-            place.writer.add(name, _as_type(name, tensor, place.plan.planned[name].dtype))
+            place.writer.add(name, _as_type(name, place.source.get(name), place.plan.planned[name].dtype))
         place.finish(unit, [], names)
 
 
@@ -135,17 +132,21 @@ def round_without_data(place: Workplace, blocks: list[Block]) -> list[LayerResul
     every: list[LayerResult] = []
     for index, block in enumerate(blocks):
         done = place.finished(block.path)
-        if done is None:
-            results, names = [], []
-            for layer in place.layers_of(block):
-                for name, q, result in round_together([layer], place.plan, place.source, None, place.model_dtype, place.device):
-                    names += place.write(name, q)
-                    results.append(result)
-                    place.listener.layer(result)
-            place.finish(block.path, results, names)
-        place.listener.block(index, done or results, resumed=done is not None)
-        every += done or results
+        results = _round_block(place, block) if done is None else done
+        place.listener.block(index, results, resumed=done is not None)
+        every += results
     return every
+
+
+def _round_block(place: Workplace, block: Block) -> list[LayerResult]:
+    results, names = [], []
+    for layer in place.layers_of(block):
+        for name, q, result in round_together([layer], place.plan, place.source, None, place.model_dtype, place.device):
+            names += place.write(name, q)
+            results.append(result)
+            place.listener.layer(result)
+    place.finish(block.path, results, names)
+    return results
 
 
 class CalibratedWork:

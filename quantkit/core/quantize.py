@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.core.scheme import QuantSpec
+from quantkit.core.scheme import ActivationSpec, QuantSpec
 
 _CHUNK = 1 << 20
 """Values searched at once: temporaries stay near the size of a processor's cache."""
@@ -145,3 +145,14 @@ def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) 
     scale = (high - low) / spec.max_code
     scale = stored_scale(torch.where(scale == 0, torch.ones_like(scale), scale), dtype)
     return Grid(scale, torch.clamp(torch.round(-low / scale), 0, spec.max_code))
+
+
+def fake_quantize(x: Tensor, spec: ActivationSpec) -> Tensor:
+    """The values of activations [..., K] that their integer codes stand for, in x's type.
+
+    One dynamic symmetric scale a token, after compressed-tensors: scale = largest magnitude / 127.5, codes from -128 to 127.
+    """
+    levels = 1 << spec.bits
+    scale = x.abs().amax(-1, keepdim=True) / ((levels - 1) / 2)
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    return torch.clamp(torch.round(x / scale), -levels // 2, levels // 2 - 1) * scale

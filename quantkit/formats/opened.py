@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,6 +35,9 @@ class OpenedCheckpoint:
         parts = {f"{module}.{part}" for module, scheme in self.schemes.items() for part in self.format.part_names(scheme)} if self.format else set()
         self.dense_names = [name for name in self.reader.names if name not in parts]
         self._known = {*self.dense_names, *(f"{module}.weight" for module in self.schemes)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
         return name in self._known

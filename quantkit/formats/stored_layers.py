@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -91,8 +91,8 @@ class AnyPart:
     def __init__(self, names: Iterable[str]) -> None:
         self._names = {stem for name in names for stem in (name, *(f"{stem}.weight" for stem in _stems(name)))}
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
 
 def _stems(name: str) -> list[str]:

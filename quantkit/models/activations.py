@@ -1,7 +1,4 @@
-"""Run-time quantization of a layer's input, imitated in a forward pass in floating point, as an integer kernel would see it.
-
-One dynamic symmetric scale a token, after compressed-tensors: scale = largest magnitude / 127.5, codes from -128 to 127.
-"""
+"""Run-time quantization of a layer's input, imitated in a forward pass in floating point, as an integer kernel would see it."""
 
 from __future__ import annotations
 
@@ -9,18 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from quantkit.core.quantize import fake_quantize
 from quantkit.core.scheme import ActivationSpec, Scheme
-
-
-def fake_quantize(x: Tensor, spec: ActivationSpec) -> Tensor:
-    """The values of x [..., K] that its integer codes stand for, in x's type."""
-    levels = 1 << spec.bits
-    scale = x.abs().amax(-1, keepdim=True) / ((levels - 1) / 2)
-    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-    return torch.clamp(torch.round(x / scale), -levels // 2, levels // 2 - 1) * scale
 
 
 @contextmanager

@@ -7,6 +7,7 @@ else holds a matrix is named as left alone. Anything transformers can build as a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SourceError
 from quantkit.models.experts import can_separate, is_fused, separate
-from quantkit.models.names import Names, find_name
+from quantkit.models.names import StoredNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,9 @@ class Architecture:
     config: PretrainedConfig
     model: nn.Module
     blocks: list[Block]
-    prefix: str
+    stored: StoredNames
     outside: list[Linear]
     """Linears outside the blocks: the head and projections around it."""
-
-    def find(self, parameter: str, names: Names) -> str | None:
-        return find_name(parameter, self.prefix, names)
 
     @property
     def context(self) -> int:
@@ -86,11 +84,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return config
 
 
-def describe(config: PretrainedConfig, names: Names, *, trust_remote_code: bool = False) -> Architecture:
+def describe(config: PretrainedConfig, names: Iterable[str], *, trust_remote_code: bool = False) -> Architecture:
     """Build the module tree without weights and find its blocks and linears.
 
     Args:
-        names: the checkpoint's tensor names: fused experts are separated only where the checkpoint keeps them apart.
+        names: the checkpoint's dense names: fused experts are separated only where the checkpoint keeps them apart.
 
     Raises:
         SourceError: transformers cannot build the model, or it has no list of blocks.
@@ -105,15 +103,11 @@ def describe(config: PretrainedConfig, names: Names, *, trust_remote_code: bool 
         where = f" from {Path(config.name_or_path) / 'config.json'}" if config.name_or_path else ""
         raise SourceError(f"transformers cannot build {config.model_type!r} as a causal language model{where}: {_reason(error)}") from error
     model.eval()
-    prefix = model.base_model_prefix
+    stored = StoredNames(model, names)
     path, block_list = _block_list(model)
-    blocks = [_block(f"{path}.{i}", module, prefix, names) for i, module in enumerate(block_list)]
-    inside = {linear.path for block in blocks for linear in block.linears}
-    outside = [
-        Linear(p, (find_name(f"{p}.weight", prefix, names) or f"{p}.weight").removesuffix(".weight"), _shape(m), isinstance(m, Conv1D))
-        for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and p not in inside and not p.startswith(f"{path}.")
-    ]
-    return Architecture(config, model, blocks, prefix, outside)
+    blocks = [_block(f"{path}.{i}", module, stored) for i, module in enumerate(block_list)]
+    outside = [_linear(p, m, stored) for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not p.startswith(f"{path}.")]
+    return Architecture(config, model, blocks, stored, outside)
 
 
 def _unknown(folder: Path, error: Exception) -> str:
@@ -150,39 +144,58 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def _block(path: str, module: nn.Module, prefix: str, names: Names) -> Block:
+def _block(path: str, module: nn.Module, stored: StoredNames) -> Block:
     left_alone: dict[str, str] = {}
     for sub, fused in list(module.named_modules()):
         if is_fused(fused):
-            whole = find_name(f"{path}.{sub}.gate_up_proj", prefix, names) is not None
-            if can_separate(fused) and not whole:
+            if can_separate(fused) and stored.find(f"{path}.{sub}.0.down_proj.weight") is not None:
                 module.set_submodule(sub, separate(fused))
             else:
-                left_alone[f"{path}.{sub}"] = "fused experts in a layout that is not taken apart"
+                left_alone[f"{path}.{sub}"] = f"{type(fused).__name__}, whose matrices are fused in a layout that is not taken apart"
     linears = []
-    for sub, leaf in module.named_modules():
-        if not isinstance(leaf, nn.Linear | Conv1D):
-            if leaf is not module and not list(leaf.children()) and any(p.ndim == 2 for p in leaf.parameters(recurse=False)):
-                left_alone[f"{path}.{sub}"] = f"{type(leaf).__name__}, not a Linear"
+    for sub, part in module.named_modules():
+        at = f"{path}.{sub}" if sub else path
+        if not isinstance(part, nn.Linear | Conv1D):
+            if at not in left_alone:
+                left_alone |= _matrices(at, part)
             continue
-        name = find_name(f"{path}.{sub}.weight", prefix, names)
-        if _is_router(sub, module):
-            left_alone[f"{path}.{sub}"] = "router of experts"
-        elif name is not None:
-            linears.append(Linear(f"{path}.{sub}", name.removesuffix(".weight"), _shape(leaf), isinstance(leaf, Conv1D)))
+        linear = _linear(at, part, stored)
+        why = _why_not(sub, module, linear, stored)
+        if why is None:
+            linears.append(linear)
         else:
-            linears.append(Linear(f"{path}.{sub}", f"{path}.{sub}", _shape(leaf), isinstance(leaf, Conv1D)))
+            left_alone[linear.name] = why
     return Block(path, module, linears, left_alone)
+
+
+def _matrices(path: str, module: nn.Module) -> dict[str, str]:
+    """The matrices of a module that is no Linear: the module where it is nothing else, else each by itself."""
+    names = [name for name, p in module.named_parameters(recurse=False) if sum(size > 1 for size in p.shape) > 1]
+    why = f"{type(module).__name__}, not a Linear"
+    return {path: why} if names and not list(module.children()) else {f"{path}.{name}": f"of a {why}" for name in names}
+
+
+def _linear(path: str, module: nn.Module, stored: StoredNames) -> Linear:
+    name = stored.find(f"{path}.weight") or f"{path}.weight"
+    rows, columns = module.weight.shape
+    is_conv1d = isinstance(module, Conv1D)
+    return Linear(path, name.removesuffix(".weight"), (columns, rows) if is_conv1d else (rows, columns), is_conv1d)
+
+
+def _why_not(sub: str, block: nn.Module, linear: Linear, stored: StoredNames) -> str | None:
+    """Why a Linear of a block must not be quantized, or None."""
+    weight = f"{linear.path}.weight"
+    if _is_router(sub, block):
+        return "router of experts"
+    if stored.is_tied(weight):
+        return "shared with another block"
+    sources = stored.sources(weight)
+    if sources and stored.find(weight) is None:
+        return f"stored as {', '.join(sources[:3])}"
+    return None
 
 
 def _is_router(sub: str, block: nn.Module) -> bool:
     """A Linear beside experts that scores them."""
     parent, _, leaf = sub.rpartition(".")
     return leaf in ("gate", "router", "shared_expert_gate") and any(name == "experts" for name, _ in block.get_submodule(parent).named_children())
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
-
-

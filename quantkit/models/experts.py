@@ -6,23 +6,32 @@ checkpoint's shape before anything is loaded. Experts of another layout (transpo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 
 class Expert(nn.Module):
-    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, activation: nn.Module) -> None:
+    """One expert.
+
+    Args:
+        activate: the fused module's own: gate and up [T, 2 I] to [T, I], or up alone where there is no gate.
+    """
+
+    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, activate: Callable[[Tensor], Tensor], has_gate: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, dtype=dtype)
+        if has_gate:
+            self.gate_proj = nn.Linear(hidden, intermediate, bias=False, dtype=dtype)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False, dtype=dtype)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False, dtype=dtype)
-        self.activation = activation
+        self.has_gate, self._activate = has_gate, [activate]  # in a list, as it may belong to a module that is no part of this one
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        up = self.up_proj(x)
+        return self.down_proj(self._activate[0](torch.cat([self.gate_proj(x), up], dim=-1) if self.has_gate else up))
 
 
 class SeparateExperts(nn.ModuleList):
@@ -58,19 +67,21 @@ def skipping_padding(block: nn.Module, valid: Tensor) -> Iterator[None]:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the module holds its experts' matrices in 3-D parameters."""
-    return any(p.ndim == 3 for p in module.parameters(recurse=False))
+    return not isinstance(module, _ConvNd) and any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
 
 
 def can_separate(module: nn.Module) -> bool:
-    """Whether the fused experts are of the plain kind: gate and up side by side, rows as outputs, no biases."""
+    """Whether the fused experts are of transformers' plain kind: gate and up side by side or no gate, rows as outputs, no biases."""
     names = {name for name, _ in module.named_parameters(recurse=False)}
-    plain = getattr(module, "is_concatenated", True) and getattr(module, "has_gate", True)
-    odd = getattr(module, "is_transposed", False) or getattr(module, "has_bias", False) or getattr(module, "has_post_expert_norm", False)
-    return names == {"gate_up_proj", "down_proj"} and bool(plain) and not odd and hasattr(module, "act_fn")
+    if names != {"gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"}:
+        return False
+    odd = ("is_transposed", "has_bias", "has_post_expert_norm")
+    return hasattr(module, "_apply_gate") and module.is_concatenated and not any(getattr(module, name, False) for name in odd)
 
 
 def separate(module: nn.Module) -> SeparateExperts:
     """The same experts as Linears without values (meta device)."""
     count, hidden, intermediate = module.down_proj.shape
+    activate = module._apply_gate if module.has_gate else module.act_fn
     with torch.device("meta"):
-        return SeparateExperts(Expert(hidden, intermediate, module.down_proj.dtype, module.act_fn) for _ in range(count))
+        return SeparateExperts(Expert(hidden, intermediate, module.down_proj.dtype, activate, module.has_gate) for _ in range(count))

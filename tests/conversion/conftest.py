@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.conversion.calibration import CalibrationOptions
-from quantkit.conversion.convert import ConvertOptions
+from quantkit.conversion.options import ConvertOptions
 
 TINY = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantkit.conversion.convert import ConvertOptions, convert
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
 from tests.conversion.conftest import Launcher, edit_config, save_tiny
 
 Options = Callable[..., ConvertOptions]

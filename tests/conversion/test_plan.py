@@ -8,10 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from quantkit.conversion.convert import ConvertOptions, convert, plan_conversion
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.plan import Plan
+from quantkit.conversion.prepare import plan_conversion
 from quantkit.errors import RecipeError
 from tests.conversion.conftest import save_tiny
+from tests.models.test_families import FAMILIES as MORE
+from tests.models.test_families import save_random as save_family
 from tests.models.test_streaming import FAMILIES, save_random
 
 
@@ -123,7 +128,8 @@ def test_experts_are_planned_one_by_one_and_routers_are_left_alone(family: str, 
     assert sum(".experts.3." in name for name in plan.layers) == 3 * 3
     routers = {name: why for name, why in plan.left_alone.items() if name.endswith(".gate")}
     assert len(routers) == 3 and all("outer" in why for why in routers.values())
-    assert sum(name.endswith(".gate") for name in plan.ignored) == 3
+    gates = {name.removesuffix(".weight") for name in CheckpointReader(tmp_path).names if name.endswith(".gate.weight")}
+    assert len(gates) == 3 and gates <= set(plan.ignored)
     assert not any(name.endswith(".gate") for name in plan.layers)
 
 
@@ -140,3 +146,17 @@ def test_a_plan_reads_no_weights(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("quantkit.checkpoint.reader.CheckpointReader.get", None)
 
     assert len(planned(tiny, "w4a16-gptq").layers) == 14
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["lfm3", "minimax_m2"])
+def test_layers_are_listed_by_both_names_where_the_file_and_the_module_tree_differ(family: str, tmp_path: Path) -> None:
+    save_family(family, tmp_path, MORE.get(family, {}))
+
+    plan = planned(tmp_path, overrides=("gate_proj|o_proj=w8a16",))
+
+    renamed = {layer.linear.name: layer.linear.path for layer in plan.layers.values() if layer.linear.name != layer.linear.path}
+    assert renamed and all(plan.schemes[name] == plan.schemes[path] for name, path in renamed.items())
+    config = plan.format.config(plan.schemes, plan.ignored)
+    targets = {target for group in config["config_groups"].values() for target in group["targets"]}
+    assert len(config["config_groups"]) > 1 and targets >= renamed.keys() | set(renamed.values())

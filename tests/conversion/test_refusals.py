@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from quantkit.checkpoint.output import prepare, release
-from quantkit.conversion.convert import ConvertOptions, convert
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.errors import CalibrationError, CheckpointError, FormatError, OutputError, QuantkitError, RecipeError, SourceError, UsageError
 from tests.conversion.conftest import edit_config, edit_tensors, save_tiny
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from quantkit.conversion.convert import ConvertOptions, Silent, convert
+from quantkit.conversion.convert import Silent, convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.report import LayerResult
 from quantkit.errors import Interrupted, OutputError, QuantkitError
 from quantkit.formats.opened import OpenedCheckpoint
@@ -61,7 +62,7 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bytes(recipe: str, stori
 
         assert killed.code in (-9, 0), killed.stderr
         is_whole = out.exists()
-        assert not is_whole or contents(out).items() >= expected.items(), f"killed after {instant:.2f} s"
+        assert not is_whole or contents(out) == expected, f"killed after {instant:.2f} s"
         if partial.exists() and not (partial / "config.json").exists():
             with pytest.raises(QuantkitError):
                 OpenedCheckpoint(partial)
@@ -77,7 +78,11 @@ def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_the_same_command_does(
 ) -> None:
     command = arguments(stories, tmp_path / "out", tokens, recipe)
 
-    ended = launch(*command, once=tmp_path / "out.partial" / "ledger.json", send="SIGINT")
+    for _ in range(10):  # on a busy machine the signal may come too late
+        ended = launch(*command, once=tmp_path / "out.partial" / "ledger.json", send="SIGINT")
+        if ended.code:
+            break
+        shutil.rmtree(tmp_path / "out")
 
     assert ended.code == 130
     assert "Error: stopped" in ended.stderr and "same command goes on" in ended.stderr and "Traceback" not in ended.stderr
@@ -95,6 +100,17 @@ def test_finished_blocks_are_not_done_again(recipe: str, stories: Path, tmp_path
 
     assert listener.resumed == [0, 1, 2]
     convert(str(stories), tmp_path / "whole", options(recipe))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_finished_block_without_layers_of_its_own_is_resumed_like_any_other(stories: Path, tmp_path: Path, options: Options) -> None:
+    ignoring = options("w4a16-rtn", ignore=(r"layers\.0\.",))
+    stopped(stories, tmp_path / "out", ignoring, after=1)
+
+    report = convert(str(stories), tmp_path / "out", ignoring)
+
+    whole = convert(str(stories), tmp_path / "whole", ignoring)
+    assert report.layers == whole.layers
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.conversion.convert import ConvertOptions, convert
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verify import verify
 from quantkit.core.scheme import Scheme, parse_scheme
 from quantkit.formats.registry import FORMATS

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantkit.core.divergence import Divergence
+from quantkit.core.quantize import fake_quantize
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.formats.opened import OpenedCheckpoint
-from quantkit.models.activations import fake_quantize
 from quantkit.models.architecture import describe, load_config
 from quantkit.models.compare import StreamedModel, TokenRows, compare, logit_places, perplexity
 

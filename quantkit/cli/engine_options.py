@@ -1,0 +1,50 @@
+"""The options that every command which runs a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_OPTIONS = (
+    click.option("--mode", type=click.Choice(["fast", "exact"]), default="fast", show_default=True, help="exact: float32, equal in any batch."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8, fp8."),
+    click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer; the model's own by default."),
+    click.option("--threads", type=click.IntRange(1), help="Threads on a CPU; its physical cores by default."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along."),
+)
+_SAMPLING = (
+    click.option("--max-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
+    click.option("--temperature", type=float, default=0.7, show_default=True, help="0 takes the most likely token always."),
+    click.option("--top-p", type=float, default=1.0, show_default=True),
+    click.option("--top-k", type=int, default=0, show_default=True),
+    click.option("--min-p", type=float, default=0.0, show_default=True),
+    click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+    click.option("--stop", multiple=True, help="A string that ends the text; may be repeated."),
+    click.option("--seed", type=int, help="The same text again for the same seed."),
+)
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was given, as keywords of LLM and of SamplingParams; threads are set here."""
+    threads = options.pop("threads")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    engine = {name: options.pop(name) for name in ("mode", "device", "kv_cache_dtype", "context", "trust_remote_code")}
+    return engine, options | {"stop": tuple(options["stop"])}

@@ -1,0 +1,36 @@
+"""`quantkit generate`: continue a prompt, text on stdout and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from quantkit.cli.engine_options import engine_options, sampling_options, split
+from quantkit.errors import UsageError
+
+
+@click.command()
+@click.argument("source")
+@click.option("--prompt", "-p", help="The text to continue; '-' reads it from standard input.")
+@click.option("--chat/--no-chat", default=False, help="Put the prompt into the model's chat template.")
+@sampling_options
+@engine_options
+def generate(source: str, prompt: str | None, chat: bool, **options: Any) -> None:
+    """Continue a prompt with the model SOURCE: a folder of any container that quantkit reads, a hub id, or `reference`.
+
+    \b
+    quantkit generate out --prompt "Once upon a time" --max-tokens 64
+    echo "Once upon a time" | quantkit generate reference --prompt - --temperature 0
+    """
+    if prompt is None:
+        raise UsageError("give --prompt TEXT, or --prompt - to read it from standard input")
+    from quantkit.runtime.llm import LLM
+
+    engine, sampling = split(options)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    llm = LLM(source, **engine)
+    for piece in llm.stream(llm.chat_prompt([{"role": "user", "content": text}]) if chat else text, **sampling):
+        click.echo(piece, nl=False)
+    click.echo()

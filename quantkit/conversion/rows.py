@@ -1,0 +1,49 @@
+"""The token rows of a conversion: those that calibrate, and behind them those held out to measure on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from quantkit.conversion.calibration import CalibrationSet, load_calibration
+from quantkit.conversion.options import ConvertOptions
+from quantkit.conversion.prepare import Prepared
+from quantkit.conversion.token_file import load_token_file
+from quantkit.errors import SourceError
+from quantkit.models.tokenizer import load_tokenizer
+
+MAX_HELD_OUT = 16
+
+
+def load_rows(prepared: Prepared) -> CalibrationSet:
+    """The calibration rows, with the rows to be held out behind them."""
+    wanted = prepared.options.calibration
+    extra = num_held_out(wanted.num_samples) if prepared.options.measure else 0
+    more = replace(wanted, num_samples=wanted.num_samples + extra)
+    if wanted.source and wanted.source.endswith(".safetensors"):
+        return load_token_file(Path(wanted.source), more, prepared.architecture)
+    tokenizer = load_tokenizer(prepared.origin.folder, trust_remote_code=prepared.options.trust_remote_code)
+    rows = load_calibration(more, tokenizer, context=prepared.architecture.context)
+    vocabulary = int(prepared.architecture.config.get_text_config().vocab_size)
+    if int(rows.input_ids.max()) >= vocabulary:
+        raise SourceError(
+            f"the tokenizer in {prepared.origin.folder} makes token {int(rows.input_ids.max())}, and the model's vocabulary has {vocabulary}; "
+            "put the model's own tokenizer files there"
+        )
+    return rows
+
+
+def split_rows(rows: CalibrationSet, options: ConvertOptions) -> tuple[CalibrationSet, CalibrationSet | None]:
+    extra = num_held_out(options.calibration.num_samples)
+    held = min(extra, max(0, len(rows.input_ids) - min(options.calibration.num_samples, max(1, len(rows.input_ids) - extra))))
+    return rows.split(held) if options.measure and held else (rows, None)
+
+
+def num_held_out(num_samples: int) -> int:
+    """Rows to measure on beside this many to calibrate on."""
+    return max(1, min(MAX_HELD_OUT, num_samples // 8))
+
+
+def account(rows: CalibrationSet, options: ConvertOptions) -> str:
+    calibration, held_out = split_rows(rows, options)
+    return calibration.report.summary() + (f"; {len(held_out.input_ids)} more rows held out to measure on" if held_out else "")

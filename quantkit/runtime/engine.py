@@ -1,0 +1,260 @@
+"""Requests in, tokens out, one step at a time. Everything runs in the caller's thread; who serves others puts a thread around it.
+
+A request that cannot be served is refused when it is added; one whose logits are not finite fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import RequestError
+from quantkit.models.device import find_device
+from quantkit.runtime.attention import probe_layers
+from quantkit.runtime.block_pool import BlockPool
+from quantkit.runtime.detokenizer import TextStream
+from quantkit.runtime.kv_cache import KVCache, bytes_per_block, kv_dtype
+from quantkit.runtime.loader import load
+from quantkit.runtime.options import EngineOptions
+from quantkit.runtime.outputs import Completion, RequestOutput
+from quantkit.runtime.runner import Runner, Wanted
+from quantkit.runtime.sampler import Sampled, SampleRequest, sample, token_logprobs
+from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.scheduler import Piece, Scheduler, SchedulerConfig
+from quantkit.runtime.sequence import FinishReason, Sequence
+from quantkit.runtime.set_up import context_of, end_of_text, num_blocks_of, tokenizer_of
+
+_log = logging.getLogger("quantkit")
+_SEEDS = 1 << 63
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the start."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_not_finite: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Tracked:
+    """A request on its way."""
+
+    output: RequestOutput
+    sequences: list[Sequence]
+    streams: list[TextStream | None]
+    new_text: dict[int, str] = field(default_factory=dict)
+
+
+class Engine:
+    """One model, its cache and its requests.
+
+    Raises:
+        QuantkitError: the model cannot be loaded or run, or the memory holds no cache.
+    """
+
+    def __init__(self, source: str, options: EngineOptions | None = None) -> None:
+        self.options = options = options or EngineOptions()
+        device = find_device(options.device)
+        self.loaded = load(source, mode=options.mode, device=device, trust_remote_code=options.trust_remote_code)
+        self.tokenizer = tokenizer_of(self.loaded, options)
+        self.context = context_of(self.loaded, options)
+        self.eos = end_of_text(self.loaded, self.tokenizer)
+        shapes = probe_layers(self.loaded.model)
+        dtype = kv_dtype(options.kv_cache_dtype, torch.float32 if options.mode == "exact" else self.loaded.dtype)
+        num_blocks = num_blocks_of(options, self.context, bytes_per_block(shapes, options.block_size, dtype), device)
+        self.cache = KVCache(shapes, num_blocks, options.block_size, dtype, device)
+        limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting)
+        self.scheduler = Scheduler(BlockPool(num_blocks, options.block_size, caching=options.prefix_caching), limits)
+        self.runner = Runner(self.loaded, self.cache, limits)
+        self.stats = EngineStats()
+        self._random = random.Random(options.seed)
+        self._requests: dict[str, _Tracked] = {}
+        self._request_of: dict[str, tuple[_Tracked, int]] = {}
+        _log.info("KV cache: %s", self.describe_cache())
+
+    def describe_cache(self) -> str:
+        size, count = self.options.block_size, self.cache.num_blocks
+        return f"{count:,} blocks of {size} = {count * size:,} tokens"
+
+    def add(
+        self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "", salt: str = ""
+    ) -> RequestOutput:
+        """Queue a request; the output returned is filled in as steps are taken.
+
+        Raises:
+            RequestError: the prompt is empty or too long, its ids or the parameters are out of range, the id is taken, or the queue is full.
+        """
+        params = params or SamplingParams()
+        if request_id in self._requests:
+            raise RequestError(f"a request with the id {request_id!r} is running already; give another id")
+        ids = self._encode(prompt)
+        self._check(ids, params)
+        params = self._bounded(params, len(ids))
+        seed = self._random.randrange(_SEEDS) if params.seed is None else params.seed
+        sequences = [
+            Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS)
+            for i in range(params.n)
+        ]
+        sequences[0].siblings = sequences[1:]
+        self.scheduler.add(sequences[0])
+        completions = [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
+        wants_prompt = params.prompt_logprobs is not None
+        output = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, list(ids), completions, [None] if wants_prompt else None)
+        streams = [TextStream(self.tokenizer, ids, params.stop) if self.tokenizer else None for _ in sequences]
+        tracked = self._requests[request_id] = _Tracked(output, sequences, streams)
+        self._request_of |= {sequence.id: (tracked, i) for i, sequence in enumerate(sequences)}
+        self.stats.num_prompt_tokens += len(ids)
+        return output
+
+    def cancel(self, request_id: str) -> None:
+        """End a request wherever it is; unknown ids are no error, as it may just have ended."""
+        tracked = self._requests.get(request_id)
+        for index, sequence in enumerate(tracked.sequences if tracked else []):
+            if not sequence.is_finished:
+                self._end(sequence, tracked, index, "cancelled")
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[tuple[RequestOutput, dict[int, str]]]:
+        """One batch: the requests it brought forward, each with the new text of its continuations by index."""
+        batch = self.scheduler.schedule()
+        if not batch.pieces:
+            return []
+        self.stats.num_steps += 1
+        logits, wanted = self.runner.forward(batch)
+        of = {id(each.piece): each for each in wanted}
+        for each in wanted:
+            self._keep_prompt_logprobs(each, logits)
+        reaching = [piece for piece in batch.pieces if piece.reaches_end and not piece.sequence.is_finished]
+        rows, choosing = [], []
+        for piece in reaching:
+            chosen = of[id(piece)].rows
+            for sequence in (piece.sequence, *piece.sequence.siblings):
+                rows.append(chosen.stop - 1)
+                choosing.append(sequence)
+        sampled = iter(sample(logits[rows], [self._request(sequence) for sequence in choosing])) if rows else iter(())
+        touched: dict[str, _Tracked] = {}
+        for piece in batch.pieces:
+            tracked, _ = self._request_of[piece.sequence.id]
+            touched[tracked.output.id] = tracked
+            if piece in reaching:
+                self._choose(piece, sampled)
+            else:
+                self.scheduler.commit(piece, [])
+        return [self._report(tracked) for tracked in touched.values()]
+
+    def _choose(self, piece: Piece, sampled: Any) -> None:
+        """Commit a piece with the token chosen behind it; its siblings take theirs from the same logits."""
+        sequence, siblings = piece.sequence, list(piece.sequence.siblings)
+        own, *others = [next(sampled) for _ in range(1 + len(siblings))]
+        if own is None:
+            for each in (sequence, *siblings):
+                self._fail(each)
+            return
+        self.scheduler.commit(piece, [own.token])
+        self._take(sequence, own)
+        for sibling, chosen in zip(siblings, others, strict=True):
+            if not sibling.is_finished:
+                sibling.tokens.append(chosen.token)
+                self._take(sibling, chosen)
+
+    def _take(self, sequence: Sequence, chosen: Sampled) -> None:
+        """A token was chosen: text, log-probabilities, and whether it was the last."""
+        tracked, index = self._request_of[sequence.id]
+        completion, stream, params = tracked.output.completions[index], tracked.streams[index], sequence.params
+        if sequence.num_output == 1 and index == 0:
+            tracked.output.num_cached = sequence.num_cached or 0
+            self.stats.num_cached_tokens += sequence.num_cached or 0
+        self.stats.num_generated_tokens += 1
+        completion.token_ids.append(chosen.token)
+        if completion.logprobs is not None and chosen.logprobs is not None:
+            completion.logprobs.append(chosen.logprobs)
+        may_stop = sequence.num_output >= params.min_tokens
+        is_end = chosen.token in self.eos and not params.ignore_eos
+        if may_stop and (is_end or chosen.token in params.stop_token_ids):
+            completion.stop_reason = None if is_end else chosen.token
+            self._end(sequence, tracked, index, "stop")
+            return
+        if stream is not None:
+            self._show(tracked, index, stream.push(chosen.token))
+            if stream.stopped_by is not None and may_stop:
+                completion.stop_reason = stream.stopped_by
+                self._end(sequence, tracked, index, "stop")
+                return
+        if sequence.num_output >= (params.max_tokens or self.context) or len(sequence.tokens) >= self.scheduler.max_length:
+            self._end(sequence, tracked, index, "length")
+
+    def _fail(self, sequence: Sequence) -> None:
+        tracked, index = self._request_of[sequence.id]
+        self.stats.num_not_finite += 1
+        tracked.output.completions[index].error = "the model's logits are not finite; the checkpoint is damaged, or its values overflow in this mode"
+        self._end(sequence, tracked, index, "error")
+
+    def _end(self, sequence: Sequence, tracked: _Tracked, index: int, reason: FinishReason) -> None:
+        self.scheduler.finish(sequence, reason)
+        completion, stream = tracked.output.completions[index], tracked.streams[index]
+        completion.finish_reason = reason
+        if stream is not None:
+            self._show(tracked, index, stream.finish())
+        if tracked.output.is_finished:
+            del self._requests[tracked.output.id]
+            for each in tracked.sequences:
+                del self._request_of[each.id]
+
+    def _show(self, tracked: _Tracked, index: int, text: str) -> None:
+        tracked.output.completions[index].text += text
+        tracked.new_text[index] = tracked.new_text.get(index, "") + text
+
+    def _report(self, tracked: _Tracked) -> tuple[RequestOutput, dict[int, str]]:
+        new, tracked.new_text = tracked.new_text, {}
+        return tracked.output, new
+
+    def _request(self, sequence: Sequence) -> SampleRequest:
+        return SampleRequest(sequence.params, sequence.prompt_view, sequence.output_view, sequence.seed, self.eos)
+
+    def _keep_prompt_logprobs(self, wanted: Wanted, logits: Tensor) -> None:
+        """Of the tokens of the prompt that this piece predicts: row i of it stands before token start + i + 1."""
+        piece, sequence = wanted.piece, wanted.piece.sequence
+        tracked, index = self._request_of[sequence.id]
+        kept = tracked.output.prompt_logprobs
+        if kept is None or index or len(kept) >= sequence.num_prompt or piece.start + 1 < len(kept):
+            return
+        targets = sequence.tokens[piece.start + 1 : min(piece.end + 1, sequence.num_prompt)]
+        if targets:
+            rows = logits[wanted.rows][: len(targets)]
+            kept += token_logprobs(rows, torch.tensor(targets, device=rows.device), sequence.params.prompt_logprobs or 0)
+
+    def _encode(self, prompt: str | Tokens[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise RequestError(f"{self.loaded.name} has no tokenizer, so prompts must be token ids")
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        vocabulary = int(self.loaded.config.get_text_config().vocab_size)
+        named = {"the prompt": ids, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        for name, tokens in (*named.items(), *(("bad_words", words) for words in params.bad_words)):
+            bad = next((token for token in tokens if not 0 <= token < vocabulary), None)
+            if bad is not None:
+                raise RequestError(f"{name} holds token {bad}; ids go from 0 to {vocabulary - 1}")
+        if params.stop and self.tokenizer is None:
+            raise RequestError(f"{self.loaded.name} has no tokenizer, so stop strings cannot be found; use stop_token_ids")
+
+    def _bounded(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
+        """Without a limit, what the context and the cache leave."""
+        if params.max_tokens is not None:
+            return params
+        return replace(params, max_tokens=max(1, self.scheduler.max_length - num_prompt))

@@ -1,0 +1,109 @@
+"""The face of the runtime in Python: prompts in, continuations out, all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from itertools import count
+from typing import Any
+
+from quantkit.errors import RequestError, UsageError, did_you_mean
+from quantkit.runtime.engine import Engine
+from quantkit.runtime.options import EngineOptions
+from quantkit.runtime.outputs import RequestOutput
+from quantkit.runtime.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        source: folder, hub id, `modelscope:org/name` or "reference"; of any container that quantkit reads.
+        options: the fields of EngineOptions.
+
+    Raises:
+        QuantkitError: the model cannot be loaded, or an option is not known or valid.
+    """
+
+    def __init__(self, source: str, **options: Any) -> None:
+        _require_known("LLM", options, EngineOptions)
+        self.engine = Engine(source, EngineOptions(**options))
+        self._ids = count()
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Any) -> list[RequestOutput]:
+        """Continue every prompt, many at once.
+
+        Args:
+            prompts: texts or lists of token ids, or one of them.
+            params: how to sample; or its fields as keywords, such as max_tokens=64, temperature=0.
+
+        Raises:
+            RequestError: a prompt or a parameter cannot be served; nothing was generated.
+        """
+        params = _params(params, settings)
+        outputs: list[RequestOutput] = []
+        try:
+            for prompt in _several(prompts):
+                outputs.append(self.engine.add(prompt, params, request_id=f"request-{next(self._ids)}"))
+            while not all(output.is_finished for output in outputs):
+                self.engine.step()
+        except BaseException:
+            for output in outputs:
+                self.engine.cancel(output.id)
+            raise
+        return outputs
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Iterator[str]:
+        """The first continuation of a prompt, piece by piece; leaving the iterator cancels the request."""
+        output = self.engine.add(prompt, _params(params, settings), request_id=f"request-{next(self._ids)}")
+        try:
+            while not output.is_finished:
+                for changed, new in self.engine.step():
+                    if changed is output and new.get(0):
+                        yield new[0]
+        finally:
+            self.engine.cancel(output.id)
+
+    def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, **settings: Any) -> RequestOutput:
+        """Answer a conversation through the model's own chat template."""
+        return self.generate([self.chat_prompt(messages)], params, **settings)[0]
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The token ids of a conversation, ready for the assistant's turn.
+
+        Raises:
+            RequestError: the model has no chat template, or it does not take these messages.
+        """
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None or not tokenizer.chat_template:
+            raise RequestError(f"{self.engine.loaded.name} has no chat template; give it a prompt as text")
+        try:
+            return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # templates raise what they like
+            raise RequestError(f"the chat template of {self.engine.loaded.name} does not take these messages: {error}") from error
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if is_one else list(prompts)  # type: ignore[list-item]
+
+
+def _params(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
+    if params is not None and settings:
+        raise UsageError("give params or its fields as keywords, not both")
+    _require_known("generate", settings, SamplingParams)
+    for name in ("stop", "bad_words"):
+        if name in settings:
+            settings[name] = (settings[name],) if isinstance(settings[name], str) else tuple(settings[name])
+    if "stop_token_ids" in settings:
+        settings["stop_token_ids"] = frozenset(settings["stop_token_ids"])
+    return params or SamplingParams(**settings)
+
+
+def _require_known(what: str, given: dict[str, Any], settings: type) -> None:
+    known = {f.name for f in fields(settings)}
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{what} has no option {name!r}; {did_you_mean(name, known)}")

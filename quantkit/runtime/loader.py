@@ -1,0 +1,139 @@
+"""A checkpoint of any container to a model that runs: tensor by tensor, each repacked for its kernel as it comes.
+
+The model is transformers' own, built without weights; its linears are replaced, everything else takes its values. At no time is more than one
+dense weight in memory beside what is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from quantkit import ops
+from quantkit.checkpoint.source import resolve
+from quantkit.core.scheme import Scheme
+from quantkit.errors import QuantkitError, SourceError
+from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.streamed import FileOrder
+from quantkit.models.architecture import Architecture, describe, load_config
+from quantkit.runtime.attention import NAME
+from quantkit.runtime.linear import PackedLinear
+
+
+@dataclass(eq=False, slots=True)
+class LoadedModel:
+    """Ready to run.
+
+    Attributes:
+        dtype: the type of the checkpoint's unquantized values.
+        schemes: how its quantized layers are stored, by checkpoint name.
+        context: the longest sequence it was made for.
+    """
+
+    name: str
+    folder: Path
+    model: nn.Module
+    config: PretrainedConfig
+    dtype: torch.dtype
+    schemes: dict[str, Scheme]
+    context: int
+    device: torch.device
+
+
+def load(source: str, *, mode: ops.Mode = "fast", device: torch.device, trust_remote_code: bool = False) -> LoadedModel:
+    """Load a folder, hub id, `modelscope:org/name` or `reference`.
+
+    Raises:
+        SourceError, CheckpointError, FormatError: it is not there, not whole, of an unknown architecture or container, or cannot be paged.
+    """
+    origin = resolve(source, trust_remote_code=trust_remote_code)
+    try:
+        opened = OpenedCheckpoint(origin.folder)
+    except QuantkitError as error:
+        raise type(error)(f"{origin.name}: {error}") from error
+    config = load_config(origin.folder, trust_remote_code=trust_remote_code)
+    _require_pageable(config, origin.name)
+    schemes = dict(opened.schemes)
+    architecture = describe(config, opened, trust_remote_code=trust_remote_code)
+    _fill(architecture, opened, mode, device)
+    model = architecture.model
+    model.set_attn_implementation(NAME)
+    return LoadedModel(origin.name, origin.folder, model, config, opened.dtype, schemes, architecture.context, device)
+
+
+def _require_pageable(config: PretrainedConfig, name: str) -> None:
+    text = config.get_text_config()
+    others = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind not in ("full_attention", "sliding_attention")})
+    if others or getattr(text, "attention_chunk_size", None):
+        kinds = ", ".join(others) or "chunked attention"
+        raise SourceError(f"{name} is a {config.model_type} with layers of {kinds}; the runtime runs full and sliding attention")
+
+
+def _fill(architecture: Architecture, opened: OpenedCheckpoint, mode: ops.Mode, device: torch.device) -> None:
+    model, stored = architecture.model, architecture.stored
+    embedding = model.get_input_embeddings()
+    kept = FileOrder(opened, architecture)
+    routers = {path for block in architecture.blocks for path, why in block.left_alone.items() if why == "router of experts"}
+    tied = []
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | Conv1D):
+            if stored.owner(f"{path}.weight") != f"{path}.weight":
+                tied.append(path)
+            else:
+                own_mode: ops.Mode = "exact" if path in routers else mode  # a router in 16 bits would choose other experts
+                model.set_submodule(path, _packed(path, module, architecture, opened, kept, own_mode, device))
+            continue
+        dtype = opened.dtype if module is embedding and mode == "fast" else torch.float32
+        for name, parameter in [*module.named_parameters(path, recurse=False), *_persistent_buffers(path, module)]:
+            if parameter.device.type == "meta" or stored.sources(name):
+                value = _read(name, tuple(parameter.shape), architecture, kept)
+                set_module_tensor_to_device(model, name, device, value=value, dtype=dtype if parameter.is_floating_point() else parameter.dtype)
+    for path in tied:
+        weight = model.get_parameter(stored.owner(f"{path}.weight")).data
+        model.set_submodule(path, PackedLinear(ops.dense_linear(weight, mode), None))
+    model.to(device)
+    embedding.register_forward_hook(lambda module, inputs, output: output.float())
+
+
+def _packed(
+    path: str, module: nn.Module, architecture: Architecture, opened: OpenedCheckpoint, kept: FileOrder, mode: ops.Mode, device: torch.device
+) -> PackedLinear:
+    rows, columns = module.weight.shape
+    name = architecture.stored.find(f"{path}.weight")
+    scheme = opened.schemes.get(name.removesuffix(".weight")) if name else None
+    if scheme is not None and name is not None:
+        q = opened.quantized(name.removesuffix(".weight"))
+        _require_shape(name, q.shape, (columns, rows) if isinstance(module, Conv1D) else (rows, columns))
+        product = ops.quantized_linear(q.to(device), scheme, mode)
+    else:
+        weight = _read(f"{path}.weight", (rows, columns), architecture, kept)
+        product = ops.dense_linear((weight.T.contiguous() if isinstance(module, Conv1D) else weight).to(device), mode)
+    has_bias = getattr(module, "bias", None) is not None
+    bias = _read(f"{path}.bias", tuple(module.bias.shape), architecture, kept).float().to(device) if has_bias else None
+    return PackedLinear(product, bias)
+
+
+def _read(parameter: str, shape: tuple[int, ...], architecture: Architecture, kept: FileOrder) -> Tensor:
+    stored = architecture.stored
+    sources = stored.sources(parameter)
+    if not sources:
+        raise SourceError(f"the checkpoint has no tensor for {parameter} {list(shape)}")
+    value = stored.read(parameter, kept.get)
+    _require_shape(sources[0], tuple(value.shape), shape)
+    return value
+
+
+def _require_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise SourceError(f"{name} is {list(found)} in the checkpoint; the config's model wants {list(wanted)}")
+
+
+def _persistent_buffers(path: str, module: nn.Module) -> list[tuple[str, Tensor]]:
+    persistent = module.state_dict().keys()
+    return [(f"{path}.{name}" if path else name, b) for name, b in module.named_buffers(recurse=False) if name in persistent]

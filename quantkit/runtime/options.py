@@ -1,0 +1,49 @@
+"""How an engine is set up. Invalid settings cannot exist; what depends on the model is checked while it loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from quantkit.errors import UsageError, did_you_mean
+from quantkit.ops import Mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Every default is the recommended choice.
+
+    Attributes:
+        mode: "fast", or "exact" for float32 throughout and results that do not depend on the batch.
+        device: "auto" takes a GPU where there is one.
+        kv_cache_dtype: auto (the model's), float32, bfloat16, float16, int8, fp8.
+        kv_cache_memory: bytes for the cache; None for what the sequences can use, at most a quarter of the free memory (nine tenths on a GPU).
+        block_size: tokens of a block.
+        context: tokens of a sequence, at most the model's own; None for that.
+        max_tokens_per_step, max_sequences, max_waiting: limits of the scheduler.
+        max_chunk: tokens of one prompt in one step; None for no limit of its own.
+        prefix_caching: keep computed prompts for later ones that begin alike.
+        seed: from which requests without a seed draw theirs; None for chance.
+    """
+
+    mode: Mode = "fast"
+    device: str = "auto"
+    kv_cache_dtype: str = "auto"
+    kv_cache_memory: int | None = None
+    block_size: int = 16
+    context: int | None = None
+    max_tokens_per_step: int = 2048
+    max_sequences: int = 128
+    max_waiting: int | None = None
+    max_chunk: int | None = None
+    prefix_caching: bool = True
+    seed: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise UsageError(f"unknown mode {self.mode!r}; {did_you_mean(self.mode, get_args(Mode))}")
+        for name in ("block_size", "max_tokens_per_step", "max_sequences", "context", "kv_cache_memory", "max_waiting", "max_chunk"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} is {value!r}; give a whole number of at least 1")

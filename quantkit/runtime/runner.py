@@ -1,0 +1,73 @@
+"""One step's forward pass: the tokens of a batch side by side in one row, their places in the cache beside them, logits where they are wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.runtime.attention import StepContext, step
+from quantkit.runtime.kv_cache import KVCache
+from quantkit.runtime.loader import LoadedModel
+from quantkit.runtime.scheduler import Batch, Piece, SchedulerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The logits of a piece: of its last `count` tokens, which lie at `rows` of the step's logits."""
+
+    piece: Piece
+    rows: slice
+
+
+class Runner:
+    """Runs batches of one loaded model over one cache.
+
+    The blocks of every running sequence stand in one table, a row for each slot of the scheduler; a step writes only what is new there.
+    """
+
+    def __init__(self, loaded: LoadedModel, cache: KVCache, limits: SchedulerConfig) -> None:
+        self.loaded, self.cache = loaded, cache
+        longest = min(cache.num_blocks, -(-limits.context // cache.block_size))
+        self._tables = torch.zeros(limits.max_sequences, longest, dtype=torch.int32, device=loaded.device)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, list[Wanted]]:
+        """float32 logits [R, vocabulary] and whose they are.
+
+        Of a piece that reaches its end: its last known token's, and those of guesses behind it; of one whose prompt's log-probabilities are
+        wanted: all.
+        """
+        self.cache.copy_blocks(batch.copies)
+        rows, wanted = [], []
+        at = 0
+        for piece in batch.pieces:
+            first = at if piece.sequence.params.prompt_logprobs is not None else at + max(0, len(piece.sequence.tokens) - 1 - piece.start)
+            chosen = range(first, at + piece.count)
+            if chosen:
+                wanted.append(Wanted(piece, slice(len(rows), len(rows) + len(chosen))))
+                rows += chosen
+            at += piece.count
+        device = self.loaded.device
+        ids = torch.tensor([[token for piece in batch.pieces for token in piece.tokens]], device=device)
+        positions = torch.tensor([[i for piece in batch.pieces for i in range(piece.start, piece.end)]], device=device)
+        with torch.inference_mode(), step(self._context(batch, positions[0])):
+            keep = torch.tensor(rows or [0], device=device)
+            out = self.loaded.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
+        return out.logits[0].float()[: len(rows)], wanted
+
+    def _context(self, batch: Batch, positions: Tensor) -> StepContext:
+        size, device = self.cache.block_size, self.loaded.device
+        rows, columns, blocks = [], [], []
+        for piece in batch.pieces:
+            sequence, first = piece.sequence, min(piece.sequence.num_tabled, piece.start // size)
+            new = sequence.blocks[first:]
+            rows += [sequence.slot] * len(new)
+            columns += range(first, first + len(new))
+            blocks += new
+            sequence.num_tabled = len(sequence.blocks)
+        changes = torch.tensor([rows, columns, blocks], device=device)
+        self._tables[changes[0], changes[1]] = changes[2].int()
+        owners = torch.tensor([slot for piece in batch.pieces for slot in [piece.sequence.slot] * piece.count], device=device)
+        slots = self._tables[owners, positions // size].long() * size + positions % size
+        return StepContext(self.cache, slots, self._tables, owners.int(), positions.int())

@@ -1,0 +1,100 @@
+"""What a request may ask of sampling. An invalid one cannot exist; what depends on the model is checked at admission."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from quantkit.errors import RequestError
+
+MAX_LOGPROBS = 100
+MAX_STOPS = 32
+MAX_N = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Defaults sample from the model's own distribution.
+
+    Attributes:
+        max_tokens: tokens to generate at most; None for as many as the context holds.
+        min_tokens: no end of text and no stop before so many tokens.
+        temperature: 0 for the most likely token always.
+        top_k: choose among the k most likely tokens; 0 for all.
+        top_p: choose among the most likely tokens whose probabilities reach p together.
+        min_p: leave out tokens less likely than this share of the most likely one's probability.
+        typical_p: choose among the tokens of most typical information whose probabilities reach p together (arXiv 2202.00666).
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output (arXiv 1909.05858).
+        presence_penalty, frequency_penalty: taken from the logits of tokens generated so far, once and per occurrence.
+        logit_bias: added to the logits of token ids.
+        bad_words: token sequences that must not be generated, given as ids.
+        stop: strings that end the text; they are not part of it.
+        stop_token_ids: tokens that end it beside the model's own.
+        ignore_eos: go on after the model's end of text.
+        seed: the same tokens for the same prompt, whatever else runs; None draws one.
+        n: independent continuations of the prompt.
+        logprobs: report the chosen token's log-probability and so many of the most likely ones; None for none.
+        prompt_logprobs: the same for every token of the prompt.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _within("max_tokens", self.max_tokens, 1, None, optional=True)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _within("temperature", self.temperature, 0, 100)
+        _within("top_k", self.top_k, 0, None)
+        _within("top_p", self.top_p, 0, 1, above=True)
+        _within("min_p", self.min_p, 0, 1)
+        _within("typical_p", self.typical_p, 0, 1, above=True)
+        _within("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _within("presence_penalty", self.presence_penalty, -2, 2)
+        _within("frequency_penalty", self.frequency_penalty, -2, 2)
+        _within("n", self.n, 1, MAX_N)
+        _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
+        _within("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
+        for token, bias in self.logit_bias.items():
+            _within(f"logit_bias[{token}]", bias, -100, 100)
+        if len(self.stop) > MAX_STOPS:
+            raise RequestError(f"stop holds {len(self.stop)} strings; give at most {MAX_STOPS}")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise RequestError(f"stop is {self.stop!r}; give strings that are not empty")
+        if any(not words for words in self.bad_words):
+            raise RequestError("bad_words holds an empty sequence; give at least one token id each")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _within(name: str, value: float | None, low: float, high: float | None, *, optional: bool = False, above: bool = False) -> None:
+    """Raises RequestError unless the value is a number of the range; `above` leaves out the lower end."""
+    if value is None and optional:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < low or (above and value == low) or (high is not None and value > high):
+        start = f"above {low:g}" if above else f"at least {low:g}"
+        raise RequestError(f"{name} is {value!r}; give a number of {start}{f' and at most {high:g}' if high is not None else ''}")

@@ -1,0 +1,69 @@
+"""What an engine takes from the model's folder and the machine before the first request: tokenizer, context, end of text, size of the cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+import torch
+
+from quantkit.errors import EngineError, SourceError, UsageError
+from quantkit.models.tokenizer import load_tokenizer
+from quantkit.runtime.loader import LoadedModel
+from quantkit.runtime.options import EngineOptions
+
+_log = logging.getLogger("quantkit")
+
+
+def tokenizer_of(loaded: LoadedModel, options: EngineOptions) -> Any:
+    """The model's tokenizer, or None where the folder has none: token ids still work."""
+    try:
+        return load_tokenizer(loaded.folder, trust_remote_code=options.trust_remote_code)
+    except SourceError as error:
+        _log.warning("%s; prompts must be token ids", error)
+        return None
+
+
+def context_of(loaded: LoadedModel, options: EngineOptions) -> int:
+    if options.context is not None and options.context > loaded.context:
+        raise UsageError(f"context is {options.context}, and {loaded.name} was made for {loaded.context} tokens; give at most that")
+    return options.context or loaded.context
+
+
+def end_of_text(loaded: LoadedModel, tokenizer: Any) -> frozenset[int]:
+    """Every token that the model's files name as its end."""
+    named = [_generation_config(loaded).get("eos_token_id"), getattr(loaded.config.get_text_config(), "eos_token_id", None)]
+    named.append(getattr(tokenizer, "eos_token_id", None))
+    return frozenset(int(token) for each in named if each is not None for token in (each if isinstance(each, list | tuple) else [each]))
+
+
+def _generation_config(loaded: LoadedModel) -> dict[str, Any]:
+    file = loaded.folder / "generation_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise SourceError(f"{file} is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def num_blocks_of(options: EngineOptions, context: int, block_bytes: int, device: torch.device) -> int:
+    """As many blocks as the sequences can use and the memory holds.
+
+    Raises:
+        EngineError: the memory holds not even one block.
+    """
+    useful = -(-context // options.block_size) * options.max_sequences
+    memory = options.kv_cache_memory or _free_memory(device)
+    count = min(useful, memory // block_bytes)
+    if count < 1:
+        wanted = f"no block of the KV cache, which takes {block_bytes:,}"
+        raise EngineError(f"{memory:,} bytes of memory hold {wanted}; give more, or a smaller block_size")
+    return count
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

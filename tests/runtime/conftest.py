@@ -1,0 +1,82 @@
+"""Prompts, and what transformers itself generates from the weights that a checkpoint stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantkit.checkpoint.source import resolve
+from quantkit.formats.opened import OpenedCheckpoint
+
+NEAR_TIE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Greedy tokens, and for each how far the best logit lay before the second."""
+
+    tokens: list[int]
+    margins: list[float]
+
+    def allows(self, tokens: list[int]) -> bool:
+        """Whether the tokens are these, up to the first place where the two best lay within NEAR_TIE."""
+        for mine, theirs, margin in zip(tokens, self.tokens, self.margins, strict=True):
+            if mine != theirs:
+                return margin < NEAR_TIE
+        return True
+
+
+Greedy = Callable[[list[list[int]], int], list[Expected]]
+
+
+def greedy_by_transformers(folder: Path) -> Greedy:
+    """transformers' model with every weight dequantized in float32."""
+    opened = OpenedCheckpoint(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if opened.format is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        missing, unexpected = model.load_state_dict({name: opened.get(name).float() for name in opened.names}, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+        model.tie_weights()
+
+    def generate(prompts: list[list[int]], count: int) -> list[Expected]:
+        return [_greedy(model, prompt, count) for prompt in prompts]
+
+    return generate
+
+
+@torch.no_grad()
+def _greedy(model: torch.nn.Module, prompt: list[int], count: int) -> Expected:
+    tokens, margins, cache, fed = [], [], None, torch.tensor([prompt])
+    for _ in range(count):
+        out = model(input_ids=fed, past_key_values=cache, use_cache=True)
+        best = out.logits[0, -1].float().topk(2)
+        cache, fed = out.past_key_values, best.indices[None, :1]
+        tokens.append(int(best.indices[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+    return Expected(tokens, margins)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    return resolve("reference").folder
+
+
+@pytest.fixture(scope="session")
+def prompts(reference: Path) -> list[list[int]]:
+    """Beginnings of real texts in the reference model's tokens, 3 to 90 tokens long."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    rows = (reference.parent / "splits" / "prose.jsonl").read_text(encoding="utf-8").splitlines()[:64]
+    return [tokenizer(json.loads(row)["text"])["input_ids"][: 3 + (i * 37) % 88] for i, row in enumerate(rows)]
