@@ -21,6 +21,7 @@ from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.stream import Stream
 
 _log = logging.getLogger("quantkit")
+_CLOSED = "the server is shutting down and takes no more requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,10 @@ class EngineThread:
         stream = Stream(asyncio.get_running_loop(), self._cancel)
         add = partial(self._add, stream, prompts, params, priority, tenant, salt)
         with self._wake:
+            if self._is_draining:
+                raise BusyError(_CLOSED)
             if not self.is_alive:
                 raise EngineError(self.error)
-            if self._is_draining:
-                raise BusyError("the server is shutting down and takes no more requests")
             self._open.add(stream)
             self._inbox.append(add)
             self._wake.notify_all()
@@ -95,7 +96,7 @@ class EngineThread:
             return self._wake.wait_for(lambda: not self._open or not self.is_alive, timeout)
 
     def stop(self) -> None:
-        """End the thread; who still waits gets an EngineError."""
+        """End the thread; who still waits gets a BusyError, as another server may take the request."""
         with self._wake:
             self._is_draining = self._is_stopping = True
             self._wake.notify_all()
@@ -107,10 +108,10 @@ class EngineThread:
                 reports = self.engine.step() if self.engine.has_work else []
                 self._publish()  # before anybody can ask about what they were told
                 self._tell(reports)
-            self._die("the server is shutting down")
+            self._die(BusyError, "the server shut down before this was done")
         except BaseException as error:  # whatever ends the thread, nobody may be left waiting
             _log.critical("the engine failed and takes no more requests", exc_info=error)
-            self._die(f"the engine failed: {type(error).__name__}: {error}")
+            self._die(EngineError, f"the engine failed: {type(error).__name__}: {error}")
 
     def _take_jobs(self) -> bool:
         """Wait for something to do and do what the callers left; False at the end."""
@@ -166,14 +167,15 @@ class EngineThread:
             self._open.discard(stream)
             self._wake.notify_all()
 
-    def _die(self, message: str) -> None:
+    def _die(self, kind: type[BusyError] | type[EngineError], message: str) -> None:
+        """Nothing runs any more: every caller gets an error of this kind."""
         with self._wake:
             self._error = message
             streams, self._open = list(self._open), set()
             self._inbox.clear()
             self._wake.notify_all()
         for stream in streams:
-            stream.fail(EngineError(message))
+            stream.fail(kind(message))
 
     def _publish(self) -> None:
         scheduler, stats = self.engine.scheduler, self.engine.stats

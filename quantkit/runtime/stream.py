@@ -65,7 +65,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        """Raises EngineError when the engine fails on the way."""
+        """Raises EngineError when the engine fails on the way, BusyError when it is stopped."""
         if not self._num_left:
             raise StopAsyncIteration
         while not self._ready:

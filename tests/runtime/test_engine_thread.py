@@ -137,7 +137,7 @@ def test_stopping_tells_who_still_waits(thread: EngineThread) -> None:
     async def stop() -> None:
         stream = await thread.submit([[5]], LONG)
         await asyncio.to_thread(thread.stop)
-        with pytest.raises(EngineError, match="shutting down"):
+        with pytest.raises(BusyError, match="shut down before"):
             async for _ in stream:
                 pass
 
