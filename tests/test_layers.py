@@ -15,10 +15,10 @@ MAY_IMPORT = {
     "formats": {"checkpoint", "models", "core"},
     "methods": {"core"},
     "conversion": {"methods", "formats", "checkpoint", "models", "core"},
-    "evaluation": {"formats", "checkpoint", "models", "core"},
+    "evaluation": {"runtime", "formats", "checkpoint", "models", "core"},
     "runtime": {"formats", "checkpoint", "models", "core"},
     "server": {"runtime"},
-    "bench": {"checkpoint"},
+    "bench": {"checkpoint", "runtime"},
     "cli": {"server", "bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -75,7 +75,7 @@ class Engine:
         self.cache = KVCache(shapes, num_blocks, options.block_size, dtype, device)
         limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting)
         self.scheduler = Scheduler(BlockPool(num_blocks, options.block_size, caching=options.prefix_caching), limits)
-        self.runner = Runner(self.loaded, self.cache)
+        self.runner = Runner(self.loaded, self.cache, limits)
         self.stats = EngineStats()
         self._random = random.Random(options.seed)
         self._requests: dict[str, _Tracked] = {}
@@ -247,8 +247,7 @@ class Engine:
         return tracked.output, new
 
     def _request(self, sequence: Sequence) -> SampleRequest:
-        prompt = sequence.tokens[: sequence.num_prompt]
-        return SampleRequest(sequence.params, prompt, sequence.output, sequence.seed, self.eos)
+        return SampleRequest(sequence.params, sequence.prompt_view, sequence.output_view, sequence.seed, self.eos)
 
     def _keep_prompt_logprobs(self, wanted: Wanted, logits: Tensor) -> None:
         """Of the tokens of the prompt that this piece predicts: row i of it stands before token start + i + 1."""

@@ -85,6 +85,7 @@ class Scheduler:
         self.step = 0
         self.num_preemptions = 0
         self._arrivals = 0
+        self._slots = list(range(self.config.max_sequences))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, with its siblings behind it.
@@ -259,11 +260,13 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.is_running = True
+        sequence.slot, sequence.num_tabled = self._slots.pop(), 0
         self.running.append(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.is_running:
             sequence.is_running = False
+            self._slots.append(sequence.slot)
             self.running.remove(sequence)
             self.waiting.left(sequence)
         self.pool.free(sequence.blocks)
