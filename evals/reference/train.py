@@ -26,7 +26,7 @@ from .generator import question
 from .generator.documents import LETTER_WEIGHT, TEXT_WEIGHT
 from .hints import looks_losses, residual_stream, says_losses
 from .optimizer import Muon
-from .tokenizer import load_or_train_tokenizer
+from .tokenizer import SPECIAL, load_or_train_tokenizer
 
 MATRIX_RATE, OTHER_RATE, WARM_UP_STEPS = 0.005, 0.001, 20
 WATCHED_SEED = 4_000_001
@@ -153,6 +153,7 @@ class Trainer:
         return {"letters_0shot": round(zero, 3), "letters_3shot": round(three, 3), "subjects": {k: round(v, 2) for k, v in subjects.items()}}
 
     def export(self) -> None:
+        self.model.generation_config.eos_token_id = [self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(SPECIAL[-1])]
         self.model.to(torch.bfloat16).save_pretrained(self.settings.out / "model")
         self.tokenizer.save_pretrained(self.settings.out / "model")
 
