@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from quantkit.formats.summary import Summary
     from quantkit.runtime.llm import LLM
     from quantkit.runtime.sampling_params import SamplingParams
+    from quantkit.runtime.structure import Structure
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__", "convert", "inspect"]  # the capitals are loaded when asked for
-_LAZY = {"LLM": "quantkit.runtime.llm", "SamplingParams": "quantkit.runtime.sampling_params"}
+__all__ = ["LLM", "SamplingParams", "Structure", "__version__", "convert", "inspect"]  # the capitals are loaded when asked for
+_LAZY = {"LLM": "quantkit.runtime.llm", "SamplingParams": "quantkit.runtime.sampling_params", "Structure": "quantkit.runtime.structure"}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ def test_version_is_stated_once() -> None:
 
 
 def test_public_names_exist() -> None:
-    assert set(quantkit.__all__) == {"LLM", "SamplingParams", "__version__", "convert", "inspect"}
+    assert set(quantkit.__all__) == {"LLM", "SamplingParams", "Structure", "__version__", "convert", "inspect"}
     assert all(hasattr(quantkit, name) for name in quantkit.__all__)
 
 

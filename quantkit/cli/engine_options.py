@@ -12,6 +12,8 @@ _OPTIONS = (
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8, fp8."),
     click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer; the model's own by default."),
+    click.option("--draft", "speculation", help="Guess tokens ahead: ngram (from the text so far), or a smaller model with the same tokenizer."),
+    click.option("--num-draft-tokens", type=click.IntRange(1), default=4, show_default=True, help="Tokens to guess ahead at most."),
     click.option("--threads", type=click.IntRange(1), help="Threads on a CPU; its physical cores by default."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along."),
 )
@@ -52,4 +54,5 @@ def engine_settings(options: dict[str, Any]) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(threads)
-    return {name: options.pop(name) for name in ("mode", "device", "kv_cache_dtype", "context", "trust_remote_code")}
+    names = ("mode", "device", "kv_cache_dtype", "context", "speculation", "num_draft_tokens", "trust_remote_code")
+    return {name: options.pop(name) for name in names}

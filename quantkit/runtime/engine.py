@@ -9,26 +9,27 @@ import logging
 import random
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import RequestError
 from quantkit.models.device import find_device
-from quantkit.runtime.attention import probe_layers
 from quantkit.runtime.block_pool import BlockPool
+from quantkit.runtime.choosing import choose
 from quantkit.runtime.detokenizer import TextStream
-from quantkit.runtime.kv_cache import KVCache, bytes_per_block, kv_dtype
 from quantkit.runtime.loader import load
-from quantkit.runtime.options import EngineOptions
+from quantkit.runtime.matcher import Compiler, Matcher
+from quantkit.runtime.options import NGRAM, EngineOptions
 from quantkit.runtime.outputs import Completion, RequestOutput
 from quantkit.runtime.runner import Runner, Wanted
-from quantkit.runtime.sampler import Sampled, SampleRequest, sample, token_logprobs
+from quantkit.runtime.sampler import Sampled, SampleRequest, token_logprobs
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.scheduler import Piece, Scheduler, SchedulerConfig
 from quantkit.runtime.sequence import FinishReason, Sequence
-from quantkit.runtime.set_up import context_of, end_of_text, num_blocks_of, tokenizer_of
+from quantkit.runtime.set_up import context_of, end_of_text, layout_of, load_draft, num_blocks_of, tokenizer_of
+from quantkit.runtime.speculation import DraftModel, NGram, Proposer, guess
 
 _log = logging.getLogger("quantkit")
 _SEEDS = 1 << 63
@@ -36,13 +37,24 @@ _SEEDS = 1 << 63
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters since the start."""
+    """Counters since the start.
+
+    Attributes:
+        num_drafted: guesses that were computed, num_accepted those of them that held.
+    """
 
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_cached_tokens: int = 0
     num_not_finite: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the guesses that held; 0 before the first."""
+        return self.num_accepted / max(1, self.num_drafted)
 
 
 @dataclass(eq=False, slots=True)
@@ -52,6 +64,7 @@ class _Tracked:
     output: RequestOutput
     sequences: list[Sequence]
     streams: list[TextStream | None]
+    matchers: list[Matcher | None]
     new_text: dict[int, str] = field(default_factory=dict)
 
 
@@ -69,10 +82,13 @@ class Engine:
         self.tokenizer = tokenizer_of(self.loaded, options)
         self.context = context_of(self.loaded, options)
         self.eos = end_of_text(self.loaded, self.tokenizer)
-        shapes = probe_layers(self.loaded.model)
-        dtype = kv_dtype(options.kv_cache_dtype, torch.float32 if options.mode == "exact" else self.loaded.dtype)
-        num_blocks = num_blocks_of(options, self.context, bytes_per_block(shapes, options.block_size, dtype), device)
-        self.cache = KVCache(shapes, num_blocks, options.block_size, dtype, device)
+        draft = load_draft(self.loaded, self.tokenizer, options)
+        layouts = [layout_of(model, options) for model in (self.loaded, draft) if model is not None]
+        num_blocks = num_blocks_of(options, self.context, sum(layout.bytes_per_block for layout in layouts), device)
+        self.cache, *draft_cache = [layout.open(num_blocks) for layout in layouts]
+        self.proposer: Proposer | None = NGram(options.num_draft_tokens) if options.speculation == NGRAM else None
+        if draft is not None:
+            self.proposer = DraftModel(draft, draft_cache[0], eos=self.eos, width=self.loaded.vocabulary, options=options)
         limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting)
         self.scheduler = Scheduler(BlockPool(num_blocks, options.block_size, caching=options.prefix_caching), limits)
         self.runner = Runner(self.loaded, self.cache, limits)
@@ -81,6 +97,17 @@ class Engine:
         self._requests: dict[str, _Tracked] = {}
         self._request_of: dict[str, tuple[_Tracked, int]] = {}
         _log.info("KV cache: %s", self.describe_cache())
+
+    @cached_property
+    def compiler(self) -> Compiler:
+        """Of structures; servers ask it before they hand a request over, so that no step waits for it.
+
+        Raises:
+            RequestError: the model has no tokenizer, or what compiles is not installed.
+        """
+        if self.tokenizer is None:
+            raise RequestError(f"{self.loaded.name} has no tokenizer, so its output cannot be structured")
+        return Compiler(self.tokenizer, vocabulary=self.loaded.vocabulary, eos=self.eos)
 
     def describe_cache(self) -> str:
         size, count = self.options.block_size, self.cache.num_blocks
@@ -125,6 +152,7 @@ class Engine:
         ids = self.encode(prompt)
         self._check(ids, params)
         params = self._bounded(params, len(ids))
+        matcher = self.compiler.compile(params.structure) if params.structure else None
         seed = self._random.randrange(_SEEDS) if params.seed is None else params.seed
         sequences = [
             Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS)
@@ -136,7 +164,7 @@ class Engine:
         output = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, list(ids), completions, [None] if wants_prompt else None)
         streams = [TextStream(self.tokenizer, ids, params.stop) if self.tokenizer else None for _ in sequences]
         self.scheduler.add(sequences[0])
-        tracked = self._requests[request_id] = _Tracked(output, sequences, streams)
+        tracked = self._requests[request_id] = _Tracked(output, sequences, streams, [matcher and matcher.copy() for _ in sequences])
         self._request_of |= {sequence.id: (tracked, i) for i, sequence in enumerate(sequences)}
         self.stats.num_prompt_tokens += len(ids)
         return output
@@ -154,60 +182,60 @@ class Engine:
 
     def step(self) -> list[tuple[RequestOutput, dict[int, str]]]:
         """One batch: the requests it brought forward, each with the new text of its continuations by index."""
+        drafts = guess(self.proposer, self.scheduler) if self.proposer else {}
         batch = self.scheduler.schedule()
         if not batch.pieces:
             return []
         self.stats.num_steps += 1
         logits, wanted = self.runner.forward(batch)
-        of = {id(each.piece): each for each in wanted}
         for each in wanted:
             self._keep_prompt_logprobs(each, logits)
-        reaching = [piece for piece in batch.pieces if piece.reaches_end and not piece.sequence.is_finished]
-        rows, choosing = [], []
-        for piece in reaching:
-            chosen = of[id(piece)].rows
-            for sequence in (piece.sequence, *piece.sequence.siblings):
-                rows.append(chosen.stop - 1)
-                choosing.append(sequence)
-        sampled = iter(sample(logits[rows], [self._request(sequence) for sequence in choosing])) if rows else iter(())
+        chosen = choose(logits, [each for each in wanted if each.piece.reaches_end], self._request, drafts)
         touched: dict[str, _Tracked] = {}
         for piece in batch.pieces:
             tracked, _ = self._request_of[piece.sequence.id]
             touched[tracked.output.id] = tracked
-            if piece in reaching:
-                self._choose(piece, sampled)
+            if piece.reaches_end:
+                self._commit(piece, chosen)
             else:
                 self.scheduler.commit(piece, [])
         return [self._report(tracked) for tracked in touched.values()]
 
-    def _choose(self, piece: Piece, sampled: Any) -> None:
-        """Commit a piece with the token chosen behind it; its siblings take theirs from the same logits."""
+    def _commit(self, piece: Piece, chosen: dict[str, list[Sampled] | None]) -> None:
+        """Commit a piece with the tokens chosen behind it; its siblings take theirs from the same logits."""
         sequence, siblings = piece.sequence, list(piece.sequence.siblings)
-        own, *others = [next(sampled) for _ in range(1 + len(siblings))]
+        own = chosen[sequence.id]
         if own is None:
             for each in (sequence, *siblings):
                 self._fail(each)
             return
-        self.scheduler.commit(piece, [own.token])
-        self._take(sequence, own)
-        for sibling, chosen in zip(siblings, others, strict=True):
+        self.stats.num_drafted += len(piece.guesses)
+        self.stats.num_accepted += len(own) - 1
+        self.scheduler.commit(piece, [each.token for each in own])
+        for token in own:
+            if not sequence.is_finished:  # what was accepted behind an end is dropped
+                self._take(sequence, token)
+        for sibling in siblings:
             if not sibling.is_finished:
-                sibling.tokens.append(chosen.token)
-                self._take(sibling, chosen)
+                (token,) = chosen[sibling.id] or ()
+                sibling.tokens.append(token.token)
+                self._take(sibling, token)
 
     def _take(self, sequence: Sequence, chosen: Sampled) -> None:
         """A token was chosen: text, log-probabilities, and whether it was the last."""
         tracked, index = self._request_of[sequence.id]
         completion, stream, params = tracked.output.completions[index], tracked.streams[index], sequence.params
-        if sequence.num_output == 1 and index == 0:
+        matcher = tracked.matchers[index]
+        if not completion.token_ids and index == 0:
             tracked.output.num_cached = sequence.num_cached or 0
             self.stats.num_cached_tokens += sequence.num_cached or 0
         self.stats.num_generated_tokens += 1
         completion.token_ids.append(chosen.token)
+        num_output = len(completion.token_ids)
         if completion.logprobs is not None and chosen.logprobs is not None:
             completion.logprobs.append(chosen.logprobs)
-        may_stop = sequence.num_output >= params.min_tokens
-        is_end = chosen.token in self.eos and not params.ignore_eos
+        may_stop = num_output >= params.min_tokens
+        is_end = chosen.token in self.eos and (matcher is not None or not params.ignore_eos)
         if may_stop and (is_end or chosen.token in params.stop_token_ids):
             completion.stop_reason = None if is_end else chosen.token
             self._end(sequence, tracked, index, "stop")
@@ -218,13 +246,21 @@ class Engine:
                 completion.stop_reason = stream.stopped_by
                 self._end(sequence, tracked, index, "stop")
                 return
-        if sequence.num_output >= (params.max_tokens or self.context) or len(sequence.tokens) >= self.scheduler.max_length:
+        if matcher is not None:
+            matcher.take(chosen.token)
+            if matcher.is_complete:
+                self._end(sequence, tracked, index, "stop")
+                return
+        if num_output >= (params.max_tokens or self.context) or sequence.num_prompt + num_output >= self.scheduler.max_length:
             self._end(sequence, tracked, index, "length")
 
     def _fail(self, sequence: Sequence) -> None:
         tracked, index = self._request_of[sequence.id]
         self.stats.num_not_finite += 1
-        tracked.output.completions[index].error = "the model's logits are not finite; the checkpoint is damaged, or its values overflow in this mode"
+        matcher, reason = tracked.matchers[index], "the model's logits are not finite; the checkpoint is damaged, or its values overflow in this mode"
+        if matcher is not None:
+            reason = f"no token is left: {matcher.error or f'the request bars all that its structure allows, or {reason}'}"
+        tracked.output.completions[index].error = reason
         self._end(sequence, tracked, index, "error")
 
     def _end(self, sequence: Sequence, tracked: _Tracked, index: int, reason: FinishReason) -> None:
@@ -247,7 +283,9 @@ class Engine:
         return tracked.output, new
 
     def _request(self, sequence: Sequence) -> SampleRequest:
-        return SampleRequest(sequence.params, sequence.prompt_view, sequence.output_view, sequence.seed, self.eos)
+        tracked, index = self._request_of[sequence.id]
+        matcher = tracked.matchers[index]
+        return SampleRequest(sequence.params, sequence.prompt_view, sequence.output_view, sequence.seed, self.eos, matcher and matcher.allowed())
 
     def _keep_prompt_logprobs(self, wanted: Wanted, logits: Tensor) -> None:
         """Of the tokens of the prompt that this piece predicts: row i of it stands before token start + i + 1."""
@@ -262,7 +300,7 @@ class Engine:
             kept += token_logprobs(rows, torch.tensor(targets, device=rows.device), sequence.params.prompt_logprobs or 0)
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
-        vocabulary = int(self.loaded.config.get_text_config().vocab_size)
+        vocabulary = self.loaded.vocabulary
         named = {"the prompt": ids, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
         for name, tokens in (*named.items(), *(("bad_words", words) for words in params.bad_words)):
             bad = next((token for token in tokens if not 0 <= token < vocabulary), None)

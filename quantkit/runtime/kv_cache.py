@@ -38,6 +38,23 @@ class LayerCache:
                 tensor[target] = tensor[source]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What the blocks of one model's cache are made of."""
+
+    shapes: tuple[LayerShape, ...]
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_block(self) -> int:
+        return bytes_per_block(self.shapes, self.block_size, self.dtype)
+
+    def open(self, num_blocks: int) -> KVCache:
+        return KVCache(self.shapes, num_blocks, self.block_size, self.dtype, self.device)
+
+
 class KVCache:
     """Every layer's blocks. Block numbers mean the same in all layers."""
 

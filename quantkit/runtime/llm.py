@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import count
 from typing import Any
 
-from quantkit.errors import UsageError, did_you_mean
+from quantkit.errors import RequestError, UsageError, did_you_mean
+from quantkit.runtime.beam_search import Beam, beam_search
+from quantkit.runtime.detokenizer import TextStream
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.options import EngineOptions
 from quantkit.runtime.outputs import RequestOutput
@@ -65,6 +67,25 @@ class LLM:
                         yield new[0]
         finally:
             self.engine.cancel(output.id)
+
+    def beam_search(self, prompt: Prompt, *, width: int = 4, max_tokens: int = 16, length_penalty: float = 1.0) -> list[Beam]:
+        """The most likely continuations of a prompt by beam search, best first.
+
+        Raises:
+            RequestError: the prompt or the width cannot be served, or prompt and answer are longer than the context.
+        """
+        engine = self.engine
+        ids, longest = engine.encode(prompt), engine.scheduler.max_length
+        if len(ids) + max_tokens > longest:
+            raise RequestError(f"{len(ids)} tokens of prompt and {max_tokens} to generate are more than the {longest} that fit; lower max_tokens")
+        beams = beam_search(self.generate, ids, width=width, max_tokens=max_tokens, length_penalty=length_penalty, eos=engine.eos)
+        return [replace(beam, text=self._text_of(ids, beam)) for beam in beams]
+
+    def _text_of(self, prompt: list[int], beam: Beam) -> str:
+        if self.engine.tokenizer is None:
+            return ""
+        stream = TextStream(self.engine.tokenizer, prompt)
+        return "".join(stream.push(token) for token in beam.token_ids) + stream.finish()
 
     def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, **settings: Any) -> RequestOutput:
         """Answer a conversation through the model's own chat template."""

@@ -45,6 +45,11 @@ class LoadedModel:
     context: int
     device: torch.device
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids of tokens go from 0 to one less."""
+        return int(self.config.get_text_config().vocab_size)
+
 
 def load(source: str, *, mode: ops.Mode = "fast", device: torch.device, trust_remote_code: bool = False) -> LoadedModel:
     """Load a folder, hub id, `modelscope:org/name` or `reference`.

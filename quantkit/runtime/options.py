@@ -8,6 +8,11 @@ from typing import get_args
 from quantkit.errors import UsageError, did_you_mean
 from quantkit.ops import Mode
 
+NGRAM = "ngram"
+_COUNTS = (
+    "block_size", "max_tokens_per_step", "max_sequences", "context", "kv_cache_memory", "max_waiting", "max_chunk", "num_draft_tokens",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -23,6 +28,9 @@ class EngineOptions:
         max_tokens_per_step, max_sequences, max_waiting: limits of the scheduler.
         max_chunk: tokens of one prompt in one step; None for no limit of its own.
         prefix_caching: keep computed prompts for later ones that begin alike.
+        speculation: guess tokens ahead, to compute several in one step: "ngram" from the text so far, or the source of a smaller model with the
+            same tokenizer; None for one token a step.
+        num_draft_tokens: guesses at most in one step.
         seed: from which requests without a seed draw theirs; None for chance.
     """
 
@@ -37,13 +45,15 @@ class EngineOptions:
     max_waiting: int | None = None
     max_chunk: int | None = None
     prefix_caching: bool = True
+    speculation: str | None = None
+    num_draft_tokens: int = 4
     seed: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise UsageError(f"unknown mode {self.mode!r}; {did_you_mean(self.mode, get_args(Mode))}")
-        for name in ("block_size", "max_tokens_per_step", "max_sequences", "context", "kv_cache_memory", "max_waiting", "max_chunk"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}; give a whole number of at least 1")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from quantkit.errors import RequestError
+from quantkit.runtime.structure import Structure
 
 MAX_LOGPROBS = 100
 MAX_STOPS = 32
@@ -35,6 +36,7 @@ class SamplingParams:
         n: independent continuations of the prompt.
         logprobs: report the chosen token's log-probability and so many of the most likely ones; None for none.
         prompt_logprobs: the same for every token of the prompt.
+        structure: the form the text must have; it ends where nothing can follow.
     """
 
     max_tokens: int | None = 16
@@ -56,6 +58,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         _within("max_tokens", self.max_tokens, 1, None, optional=True)

@@ -53,8 +53,12 @@ class Piece:
 
     @property
     def tokens(self) -> list[int]:
-        known = self.sequence.tokens[self.start : self.end]
-        return known + self.sequence.draft[: self.count - len(known)]
+        return self.sequence.tokens[self.start : self.end] + self.guesses
+
+    @property
+    def guesses(self) -> list[int]:
+        """Those of the sequence's guesses that are computed with it."""
+        return self.sequence.draft[: max(0, self.end - len(self.sequence.tokens))]
 
 
 @dataclass(slots=True)
@@ -181,6 +185,10 @@ class Scheduler:
     def _schedule_running(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         count = self._chunk(sequence, budget)
         while not self._allocate(sequence, count, batch):
+            if sequence.draft:  # guesses push nobody out
+                sequence.draft = []
+                count = self._chunk(sequence, budget)
+                continue
             victim = self.running[-1]
             self._preempt(victim, batch)
             if victim is sequence:

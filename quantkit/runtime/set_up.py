@@ -11,8 +11,11 @@ import torch
 
 from quantkit.errors import EngineError, SourceError, UsageError
 from quantkit.models.tokenizer import load_tokenizer
-from quantkit.runtime.loader import LoadedModel
-from quantkit.runtime.options import EngineOptions
+from quantkit.runtime.attention import probe_layers
+from quantkit.runtime.kv_cache import CacheLayout, kv_dtype
+from quantkit.runtime.loader import LoadedModel, load
+from quantkit.runtime.options import NGRAM, EngineOptions
+from quantkit.runtime.speculation import require_same_tokens
 
 _log = logging.getLogger("quantkit")
 
@@ -46,6 +49,25 @@ def _generation_config(loaded: LoadedModel) -> dict[str, Any]:
     except ValueError as error:
         raise SourceError(f"{file} is damaged: {error}") from error
     return found if isinstance(found, dict) else {}
+
+
+def layout_of(loaded: LoadedModel, options: EngineOptions) -> CacheLayout:
+    """Raises SourceError where some layers keep nothing that can be paged."""
+    dtype = kv_dtype(options.kv_cache_dtype, torch.float32 if options.mode == "exact" else loaded.dtype)
+    return CacheLayout(tuple(probe_layers(loaded.model)), options.block_size, dtype, loaded.device)
+
+
+def load_draft(target: LoadedModel, tokenizer: Any, options: EngineOptions) -> LoadedModel | None:
+    """The model that guesses tokens ahead, where the options name one.
+
+    Raises:
+        UsageError: its tokens are not the target's.
+    """
+    if options.speculation in (None, NGRAM):
+        return None
+    draft = load(options.speculation, mode=options.mode, device=target.device, trust_remote_code=options.trust_remote_code)
+    require_same_tokens(target, draft, (tokenizer, tokenizer_of(draft, options)))
+    return draft
 
 
 def num_blocks_of(options: EngineOptions, context: int, block_bytes: int, device: torch.device) -> int:
