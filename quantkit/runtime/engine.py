@@ -65,7 +65,9 @@ class Engine:
     def __init__(self, source: str, options: EngineOptions | None = None) -> None:
         self.options = options = options or EngineOptions()
         device = find_device(options.device)
-        self.loaded = load(source, mode=options.mode, device=device, trust_remote_code=options.trust_remote_code)
+        self.loaded = load(
+            source, mode=options.mode, device=device, quantization=options.quantization, trust_remote_code=options.trust_remote_code
+        )
         self.tokenizer = tokenizer_of(self.loaded, options)
         self.context = context_of(self.loaded, options)
         self.eos = end_of_text(self.loaded, self.tokenizer)
