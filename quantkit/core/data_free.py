@@ -13,9 +13,9 @@ INT8_ROWS = QuantSpec(bits=8, group=CHANNEL)
 _AT_ONCE = 1 << 20
 
 
-def quantize(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> QuantizedTensor:
-    """A weight [N, K] of any float type on the grid that loses least, every error weighing the same."""
-    return _joined([_round(rows.float(), spec, scale_dtype, search=True) for rows in weight.split(_rows_at_once(weight.shape[1]))])
+def quantize(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search: bool = True) -> QuantizedTensor:
+    """A weight [N, K] of any float type on the grid that loses least, every error weighing the same, or on the one that spans its range."""
+    return _joined([_round(rows.float(), spec, scale_dtype, search=search) for rows in weight.split(_rows_at_once(weight.shape[1]))])
 
 
 def to_int8_rows(q: QuantizedTensor) -> QuantizedTensor:

@@ -24,6 +24,7 @@ from quantkit.formats.streamed import FileOrder
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.runtime.attention import NAME
 from quantkit.runtime.linear import PackedLinear
+from quantkit.runtime.memory import give_back_freed
 from quantkit.runtime.quantization import quantize, require_unquantized, scheme_at_load
 
 
@@ -118,6 +119,7 @@ def _fill(weights: _Weights) -> None:
             else:
                 own_mode: ops.Mode = "exact" if path in routers else mode  # a router in 16 bits would choose other experts
                 model.set_submodule(path, _packed(path, module, weights, own_mode))
+                give_back_freed()
             continue
         dtype = opened.dtype if module is embedding and mode != "exact" else torch.float32
         for name, parameter in [*module.named_parameters(path, recurse=False), *_persistent_buffers(path, module)]:
@@ -126,27 +128,28 @@ def _fill(weights: _Weights) -> None:
                 set_module_tensor_to_device(model, name, device, value=value, dtype=dtype if parameter.is_floating_point() else parameter.dtype)
     for path in tied:
         weight = model.get_parameter(stored.owner(f"{path}.weight")).data
-        model.set_submodule(path, PackedLinear(ops.dense_linear(weight, mode), None))
+        model.set_submodule(path, PackedLinear(ops.dense_linear(weight, mode), None, tuple(weight.shape)))
     model.to(device)
     embedding.register_forward_hook(lambda module, inputs, output: output.float())
 
 
 def _packed(path: str, module: nn.Module, weights: _Weights, mode: ops.Mode) -> PackedLinear:
     rows, columns = module.weight.shape
+    shape = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
     has_bias = getattr(module, "bias", None) is not None
     bias = _read(f"{path}.bias", tuple(module.bias.shape), weights).float().to(weights.device) if has_bias else None
     name = weights.architecture.stored.find(f"{path}.weight")
     scheme = weights.opened.schemes.get(name.removesuffix(".weight")) if name else None
     if scheme is not None and name is not None:
         q = weights.opened.quantized(name.removesuffix(".weight"))
-        _require_shape(name, q.shape, (columns, rows) if isinstance(module, Conv1D) else (rows, columns))
-        return PackedLinear(ops.quantized_linear(q.to(weights.device), scheme, mode), bias)
+        _require_shape(name, q.shape, shape)
+        return PackedLinear(ops.quantized_linear(q.to(weights.device), scheme, mode), bias, shape)
     weight = _read(f"{path}.weight", (rows, columns), weights)
     weight = (weight.T.contiguous() if isinstance(module, Conv1D) else weight).to(weights.device)
     scheme = weights.at_load.get(path)
     if scheme is not None:
-        return PackedLinear(ops.quantized_linear(quantize(weight, scheme, weights.opened.dtype), scheme, mode), bias)
-    return PackedLinear(ops.dense_linear(weight, mode), bias)
+        return PackedLinear(ops.quantized_linear(quantize(weight, scheme, weights.opened.dtype), scheme, mode), bias, shape)
+    return PackedLinear(ops.dense_linear(weight, mode), bias, shape)
 
 
 def _read(parameter: str, shape: tuple[int, ...], weights: _Weights) -> Tensor:

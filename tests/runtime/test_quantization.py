@@ -18,7 +18,7 @@ from quantkit.runtime.llm import LLM
 from quantkit.runtime.loader import load
 from tests.conversion.conftest import save_tiny
 
-RECIPES: dict[str, tuple[str, ...]] = {"w4": (), "int8": (".*=w8a16-channel",)}
+RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {"w4": ("w4a16-mse", ()), "int8": ("w4a16-rtn", (".*=w8a16-channel",))}
 
 
 def tokens(source: Path, prompts: list[list[int]], **options: Any) -> list[list[int]]:
@@ -28,14 +28,14 @@ def tokens(source: Path, prompts: list[list[int]], **options: Any) -> list[list[
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_model_quantized_at_load_says_what_the_converted_one_says(name: str, reference: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    convert(str(reference), tmp_path / "out", ConvertOptions(recipe="w4a16-mse", overrides=RECIPES[name]))
+    convert(str(reference), tmp_path / "out", ConvertOptions(recipe=RECIPES[name][0], overrides=RECIPES[name][1]))
 
     assert tokens(reference, prompts[:8], quantization=name) == tokens(tmp_path / "out", prompts[:8])
 
 
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128},
-    "qwen3_moe": {"hidden_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 72},
+    "qwen3_moe": {"hidden_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "gemma2": {"hidden_size": 64},
 }
 
