@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import RequestError
+from quantkit.errors import RequestError, did_you_mean
 from quantkit.models.device import find_device
 from quantkit.runtime.attention import probe_layers
 from quantkit.runtime.block_pool import BlockPool
 from quantkit.runtime.detokenizer import TextStream
 from quantkit.runtime.kv_cache import KVCache, bytes_per_block, kv_dtype
 from quantkit.runtime.loader import load
+from quantkit.runtime.lora import attach
 from quantkit.runtime.options import EngineOptions
 from quantkit.runtime.outputs import Completion, RequestOutput
 from quantkit.runtime.runner import Runner, Wanted
@@ -68,6 +69,7 @@ class Engine:
         self.loaded = load(
             source, mode=options.mode, device=device, quantization=options.quantization, trust_remote_code=options.trust_remote_code
         )
+        attach(self.loaded, options.lora, options.mode)
         self.tokenizer = tokenizer_of(self.loaded, options)
         self.context = context_of(self.loaded, options)
         self.eos = end_of_text(self.loaded, self.tokenizer)
@@ -89,14 +91,18 @@ class Engine:
         return f"{count:,} blocks of {size} = {count * size:,} tokens"
 
     def add(
-        self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "", salt: str = ""
-    ) -> RequestOutput:
+        self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "",
+        salt: str = "", lora: str | None = None,
+    ) -> RequestOutput:  # fmt: skip
         """Queue a request; the output returned is filled in as steps are taken.
 
         Raises:
-            RequestError: the prompt is empty or too long, its ids or the parameters are out of range, the id is taken, or the queue is full.
+            RequestError: the prompt is empty or too long, its ids or the parameters are out of range, the id is taken, the queue is full, or
+                there is no such adapter.
         """
         params = params or SamplingParams()
+        if lora is not None and lora not in self.options.lora:
+            raise RequestError(f"no adapter {lora!r} is loaded; {did_you_mean(lora, self.options.lora)}")
         if request_id in self._requests:
             raise RequestError(f"a request with the id {request_id!r} is running already; give another id")
         ids = self._encode(prompt)
@@ -104,7 +110,7 @@ class Engine:
         params = self._bounded(params, len(ids))
         seed = self._random.randrange(_SEEDS) if params.seed is None else params.seed
         sequences = [
-            Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS)
+            Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, lora or "", seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS)
             for i in range(params.n)
         ]
         sequences[0].siblings = sequences[1:]
