@@ -8,8 +8,10 @@ QuantkitError
 ├── RecipeError         a recipe that is not valid or not known
 ├── CalibrationError    calibration data that is empty, too short or unreadable
 ├── RequestError        a request to the runtime that cannot be served: parameters, length, tokens
+│   ├── TooLongError    more tokens than the context or the cache holds
+│   └── BusyError       the queue is full or closed; later it may be served
 ├── EngineError         the runtime itself failed; every waiting caller gets it
-├── OutputError         a place that cannot be written: it exists, is read-only, or has no space
+├── OutputError         a place that cannot be written or listened on: it exists, is taken, is read-only, or has no space
 └── Interrupted         a clean stop asked for by the user; the work so far is kept
 """
 
@@ -51,6 +53,14 @@ class CalibrationError(QuantkitError):
 
 class RequestError(QuantkitError):
     exit_code = 2
+
+
+class TooLongError(RequestError):
+    pass
+
+
+class BusyError(RequestError):
+    pass
 
 
 class EngineError(QuantkitError):

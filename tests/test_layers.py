@@ -15,10 +15,11 @@ MAY_IMPORT = {
     "formats": {"checkpoint", "models", "core"},
     "methods": {"core"},
     "conversion": {"methods", "formats", "checkpoint", "models", "core"},
-    "evaluation": {"formats", "checkpoint", "models", "core"},
+    "evaluation": {"runtime", "formats", "checkpoint", "models", "core"},
     "runtime": {"formats", "checkpoint", "models", "core"},
-    "bench": {"checkpoint"},
-    "cli": {"bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
+    "server": {"runtime"},
+    "bench": {"checkpoint", "runtime"},
+    "cli": {"server", "bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -51,6 +52,7 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
     assert "triton" not in used
     assert room == "cli" or not used & {"click", "rich"}
     assert room == "evaluation" or "lm_eval" not in used
+    assert room == "server" or not used & {"fastapi", "starlette", "uvicorn", "prometheus_client"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

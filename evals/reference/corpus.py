@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from . import generator
-from .generator import Piece
+from .generator import Piece, Says
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 CHATS = "prompts_responses.jsonl"
@@ -23,13 +24,12 @@ HELD_OUT = ("valid", "test", "PROVENANCE", "LICENSE", "multilingual", "code")
 class Mixture:
     """Share of the tokens that each kind of document gets; whatever the folder of texts lacks goes to generated prose."""
 
-    questions: float = 0.50
-    lookups: float = 0.0
-    problems: float = 0.20
-    chat_problems: float = 0.03
-    texts: float = 0.16
-    stories: float = 0.10
-    chats: float = 0.01
+    questions: float = 0.45
+    problems: float = 0.16
+    chat_problems: float = 0.0
+    texts: float = 0.32
+    stories: float = 0.07
+    chats: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Mixture:
@@ -72,8 +72,37 @@ def chats(folder: Path) -> list[str]:
     ]
 
 
+@dataclass
+class Row:
+    """Tokens of documents end to end, and hints as (place, layer, token or place looked at)."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    says: list[tuple[int, int, int]] = field(default_factory=list)
+    looks: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def append(self, ids: list[int], weight: float) -> None:
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+
+
+class Batch(NamedTuple):
+    """ids, weights: [rows, context + 1]. says, looks: [num, 4] of row, place, layer and token or place looked at; see hints.py."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    says: torch.Tensor
+    looks: torch.Tensor
+
+    def to(self, device: str) -> Batch:
+        return Batch(*(each.to(device) for each in self))
+
+
 class Stream:
-    """Endless packed rows. Kinds are drawn so that their shares hold in tokens, whatever the length of their documents."""
+    """Endless packed rows. Kinds are drawn so that their shares hold in tokens, whatever the length of their documents.
+
+    Every row begins with a document, so that no question is cut off from its choices; what does not fit at a row's end is dropped.
+    """
 
     def __init__(
         self,
@@ -84,13 +113,11 @@ class Stream:
         context: int,
         seed: int,
         aids: float,
-        subjects: tuple[str, ...] = (),
     ) -> None:
         self.tokenizer, self.mixture, self.context = tokenizer, mixture, context
         self.rng = random.Random(seed)
         self.kinds: dict[str, Callable[[], list[Piece]]] = {
-            "questions": lambda: generator.question_document(self.rng, aids=aids, subjects=subjects),
-            "lookups": lambda: generator.lookup_document(self.rng),
+            "questions": lambda: generator.question_document(self.rng, aids=aids),
             "problems": lambda: generator.problem_document(self.rng),
             "chat_problems": lambda: generator.chat_document(self.rng),
             "stories": self._generated_prose,
@@ -98,8 +125,6 @@ class Stream:
             "chats": self._shuffled(chats(folder) if folder else []),
         }
         self.drawn = dict.fromkeys(self.kinds, 1.0)
-        self.ids: list[int] = []
-        self.weights: list[float] = []
 
     def _generated_prose(self) -> list[Piece]:
         return generator.prose_document(self.rng)
@@ -117,24 +142,38 @@ class Stream:
 
         return draw
 
-    def _append_document(self) -> None:
+    def _append_document(self, row: Row) -> None:
         shares = {f.name: getattr(self.mixture, f.name) for f in fields(self.mixture)}
         kind = min((name for name, share in shares.items() if share), key=lambda name: self.drawn[name] / shares[name])
         pieces = self.kinds[kind]()
-        encoded = self._encode(piece.text for piece in pieces)
-        ids = [self.tokenizer.bos_token_id, *(i for part in encoded for i in part), self.tokenizer.eos_token_id]
-        self.ids += ids
-        self.weights += [0.0, *(p.weight for p, part in zip(pieces, encoded, strict=True) for _ in part), 0.3]
-        self.drawn[kind] += len(ids)
+        start = len(row.ids)
+        row.append([self.tokenizer.bos_token_id], 0.0)
+        ends: list[int] = []
+        for piece, ids in zip(pieces, self._encode([piece.text for piece in pieces]), strict=True):
+            row.append(ids, piece.weight)
+            ends.append(len(row.ids) - 1)
+            for hint in piece.hints:
+                if isinstance(hint, Says):
+                    row.says.append((ends[-1], hint.depth, self._encode([hint.text])[0][-1]))
+                else:
+                    row.looks.append((ends[-1], hint.layer, start if hint.back is None else ends[-1 - hint.back]))
+        row.append([self.tokenizer.eos_token_id], 0.3)
+        self.drawn[kind] += len(row.ids) - start
 
-    def _encode(self, parts: Iterable[str]) -> list[list[int]]:
-        return self.tokenizer(list(parts), add_special_tokens=False, verbose=False)["input_ids"]
+    def _encode(self, parts: list[str]) -> list[list[int]]:
+        return self.tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def batch(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and loss weights, both [rows, context + 1]."""
-        need = rows * (self.context + 1)
-        while len(self.ids) < need:
-            self._append_document()
-        ids, self.ids = self.ids[:need], self.ids[need:]
-        weights, self.weights = self.weights[:need], self.weights[need:]
-        return torch.tensor(ids).view(rows, -1), torch.tensor(weights).view(rows, -1)
+    def _row(self) -> Row:
+        row = Row()
+        while len(row.ids) <= self.context:
+            self._append_document(row)
+        return row
+
+    def batch(self, rows: int) -> Batch:
+        made = [self._row() for _ in range(rows)]
+        length = self.context + 1
+        hints = [
+            torch.tensor([(i, *hint) for i, row in enumerate(made) for hint in getattr(row, name) if hint[0] < self.context]).view(-1, 4).long()
+            for name in ("says", "looks")
+        ]
+        return Batch(torch.tensor([row.ids[:length] for row in made]), torch.tensor([row.weights[:length] for row in made]), *hints)

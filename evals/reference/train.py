@@ -1,7 +1,7 @@
 """Train the reference model: a small Llama with grouped-query attention, on a CPU or a GPU, resumable. Run from the repository's root:
 
     python -m evals.reference.train --out RUN --data TEXTS --minutes 80                  # start, or go on from RUN's last checkpoint
-    python -m evals.reference.train --out RUN --data TEXTS --minutes 15 --context 1024 --decay   # last part: rate to zero, then export
+    python -m evals.reference.train --out RUN --data TEXTS --minutes 45 --context 1024 --rows 3 --decay   # last part: rate to zero, then export
 
 Warm-up, stable, decay: a run goes on for as long as there is time and is finished by one decay run. Matrices are trained with Muon,
 everything else with AdamW. The log is JSON lines; letter accuracy on questions drawn from another seed is logged every few minutes.
@@ -21,15 +21,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import scoring
-from .corpus import Mixture, Stream
+from .corpus import Batch, Mixture, Stream
 from .generator import question
-from .generator.documents import LETTER_WEIGHT, LOOKUP_WEIGHT, TEXT_WEIGHT
+from .generator.documents import LETTER_WEIGHT, TEXT_WEIGHT
+from .hints import looks_losses, residual_stream, says_losses
 from .optimizer import Muon
-from .tokenizer import load_or_train_tokenizer
+from .tokenizer import SPECIAL, load_or_train_tokenizer
 
 MATRIX_RATE, OTHER_RATE, WARM_UP_STEPS = 0.005, 0.001, 20
 WATCHED_SEED = 4_000_001
-WATCHED = {"letter_loss": LETTER_WEIGHT, "text_loss": TEXT_WEIGHT, "lookup_loss": LOOKUP_WEIGHT}
+WATCHED = {"letter_loss": LETTER_WEIGHT, "text_loss": TEXT_WEIGHT}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Settings:
     decay: bool
     mixture: Mixture
     aids: float
-    subjects: tuple[str, ...]
+    hints: float
     watch_minutes: float
     device: str
     compile: bool
@@ -82,7 +83,7 @@ class Trainer:
         chosen = set(map(id, matrices))
         self.muon = Muon(matrices, lr=MATRIX_RATE)
         self.adam = torch.optim.AdamW([p for p in self.model.parameters() if id(p) not in chosen], lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-        self.trunk = torch.compile(self.model.model) if settings.compile else self.model.model
+        self.trunk = torch.compile(residual_stream) if settings.compile else residual_stream
         self.step = self.tokens = 0
         self.minutes = 0.0
         self.checkpoint = settings.out / "state.pt"
@@ -118,28 +119,30 @@ class Trainer:
         self.muon.param_groups[0]["lr"] = MATRIX_RATE * scale
         self.adam.param_groups[0]["lr"] = OTHER_RATE * scale
 
-    def loss(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted mean over the tokens that count (only those reach the vocabulary's matrix), and the losses of the letters."""
-        counted = weights[:, 1:].flatten() > 0
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            hidden = self.trunk(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden.flatten(0, 1)[counted])
-        each = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten()[counted], reduction="none")
-        weight = weights[:, 1:].flatten()[counted]
-        return (each * weight).sum() / weight.sum(), {name: each[weight == w] for name, w in WATCHED.items()}
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted mean over the tokens that count (only those reach the vocabulary's matrix) plus the hints; and the losses worth watching."""
+        counted = batch.weights[:, 1:] > 0
+        with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16):
+            depths = self.trunk(self.model, batch.ids[:, :-1])
+            logits = self.model.lm_head(self.model.model.norm(depths[-1][counted]))
+            told = {**says_losses(self.model, depths, batch.says), **looks_losses(self.model, depths, batch.looks)} if self.settings.hints else {}
+        each = torch.nn.functional.cross_entropy(logits.float(), batch.ids[:, 1:][counted], reduction="none")
+        weight = batch.weights[:, 1:][counted]
+        loss = (each * weight).sum() / weight.sum() + self.settings.hints * sum(losses.mean() for losses in told.values())
+        return loss, {**{name: each[weight == w] for name, w in WATCHED.items()}, **told}
 
-    def update(self, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, list[float]]:
-        loss, letters = self.loss(ids, weights)
+    def update(self, batch: Batch) -> dict[str, list[float]]:
+        loss, watched = self.loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.muon.step()
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
-        self.step, self.tokens = self.step + 1, self.tokens + ids.numel()
+        self.step, self.tokens = self.step + 1, self.tokens + batch.ids.numel()
         value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(f"loss is {value} at step {self.step}")
-        return {"loss": [value], **{name: each.tolist() for name, each in letters.items()}}
+        return {"loss": [value], **{name: each.tolist() for name, each in watched.items()}}
 
     def watch(self, count: int = 240) -> dict[str, object]:
         """Letter accuracy on unseen questions, the sign that answers are bound to letters."""
@@ -150,6 +153,7 @@ class Trainer:
         return {"letters_0shot": round(zero, 3), "letters_3shot": round(three, 3), "subjects": {k: round(v, 2) for k, v in subjects.items()}}
 
     def export(self) -> None:
+        self.model.generation_config.eos_token_id = [self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(SPECIAL[-1])]
         self.model.to(torch.bfloat16).save_pretrained(self.settings.out / "model")
         self.tokenizer.save_pretrained(self.settings.out / "model")
 
@@ -163,7 +167,6 @@ def train(settings: Settings) -> None:
         context=settings.context,
         seed=1_000_003 * (trainer.step + 1),
         aids=settings.aids,
-        subjects=settings.subjects,
     )
     log = (settings.out / "log.jsonl").open("a", encoding="utf-8")
 
@@ -177,8 +180,7 @@ def train(settings: Settings) -> None:
     while (spent := time.time() - began) < limit:
         scale = settings.rate * min(1.0, (trainer.step - first_step + 1) / WARM_UP_STEPS) * (1 - spent / limit if settings.decay else 1.0)
         trainer.set_rate(scale)
-        ids, weights = stream.batch(settings.rows)
-        losses.append(trainer.update(ids.to(settings.device), weights.to(settings.device)))
+        losses.append(trainer.update(stream.batch(settings.rows).to(settings.device)))
         trainer.minutes = before + (time.time() - began) / 60
         if (now := time.time()) - shown_at > 20:
             speed = (trainer.tokens - shown_tokens) / (now - shown_at)
@@ -206,7 +208,8 @@ def train(settings: Settings) -> None:
 
 def _means(losses: list[dict[str, list[float]]]) -> dict[str, float]:
     """Mean of each named loss. Letters at chance have a loss of 1.386."""
-    joined = {name: [value for each in losses for value in each[name]] for name in losses[0]}
+    names = dict.fromkeys(name for each in losses for name in each)
+    joined = {name: [value for each in losses for value in each.get(name, [])] for name in names}
     return {name: round(sum(values) / len(values), 4) for name, values in joined.items() if values}
 
 
@@ -221,8 +224,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--decay", action="store_true", help="bring the learning rate to zero over this run, then export")
     parser.add_argument("--mixture", type=Mixture.parse, default=Mixture(), help="shares that replace the defaults, as questions=0.6,texts=0.1")
-    parser.add_argument("--aids", type=float, default=0.4, help="share of question documents in a form that teaches to bind answer and letter")
-    parser.add_argument("--subjects", type=lambda text: tuple(text.split(",")), default=(), help="ask only about these, as reading,geography")
+    parser.add_argument("--aids", type=float, default=0.1, help="share of question documents that give the answer's text before its letter")
+    parser.add_argument("--hints", type=float, default=1.0, help="weight of the loss of what early layers should know about a question")
     parser.add_argument("--watch-minutes", type=float, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="faster after a minute of compiling")

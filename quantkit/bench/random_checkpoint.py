@@ -12,11 +12,12 @@ from quantkit.checkpoint.source import resolve
 from quantkit.checkpoint.writer import CheckpointWriter, TensorPlan
 
 
-def write_random_checkpoint(folder: Path, *, layers: int, hidden: int, intermediate: int, seed: int = 0) -> int:
+def write_random_checkpoint(folder: Path, *, layers: int, hidden: int, intermediate: int, seed: int = 0, **config_values: int) -> int:
     """Write a bfloat16 model with normal weights; the size of its weights in bytes.
 
     Args:
         hidden: a multiple of 128; heads are 128 wide (64 below 512), a quarter of them for keys and values.
+        config_values: further values of the config that replace these, such as head_dim=64, num_attention_heads=32, vocab_size=128256.
     """
     folder.mkdir(parents=True)
     reference = resolve("reference").folder
@@ -26,7 +27,7 @@ def write_random_checkpoint(folder: Path, *, layers: int, hidden: int, intermedi
     config = json.loads((reference / "config.json").read_text()) | {
         "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "head_dim": head,
         "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
-    }  # fmt: skip
+    } | config_values  # fmt: skip
     plan = _tensors(config)
     generator = torch.Generator().manual_seed(seed)
     with CheckpointWriter(folder, plan, max_shard_size=1_000_000_000) as writer:

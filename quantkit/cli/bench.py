@@ -41,6 +41,66 @@ def convert(only: str | None, work: str | None, as_json: bool) -> None:
 
 
 @bench.command()
+@click.argument("source", default="1b")
+@click.option("--requests", default="8,32", show_default=True, help="Requests at once, as 1,8,32.")
+@click.option("--prompt", "num_prompt", default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--output", "num_output", default=64, show_default=True, help="Tokens to generate for each.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--mode", type=click.Choice(["fast", "exact", "int8"]), default="fast", show_default=True)
+@click.option("--transformers/--no-transformers", default=True, help="Measure transformers' generate on the unquantized model too.")
+@click.option("--llama-cpp", type=click.Path(exists=True, file_okay=False), help="Folder of llama.cpp's tools, to measure those too.")
+@click.option("--work", type=click.Path(exists=True, file_okay=False), help="Folder for the models that are made (12 GB for 1b).")
+def throughput(
+    source: str, requests: str, num_prompt: int, num_output: int, threads: int, mode: str, transformers: bool, llama_cpp: str | None, work: str | None
+) -> None:
+    """Tokens a second of many requests at once: an unquantized Llama SOURCE, as it is and in 4 bits.
+
+    SOURCE is a model, or `1b` for random weights of Llama-3.2-1B's shape.
+    """
+    from pathlib import Path
+
+    from quantkit.bench.compare_engines import compare
+
+    for line in compare(
+        source, [int(n) for n in requests.split(",")], num_prompt, num_output, threads=threads, mode=mode, with_transformers=transformers,
+        tools=Path(llama_cpp) if llama_cpp else None, work=Path(work) if work else None,
+    ):  # fmt: skip
+        click.echo(line)
+
+
+@bench.command()
+@click.argument("source")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--requests", "count", default=200, show_default=True, help="How many of the trace's requests.")
+@click.option("--at-once", default=16, show_default=True, help="Requests that run at any time.")
+@click.option("--scale", default=32, show_default=True, help="Divides every length of the trace.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--prefix-caching/--no-prefix-caching", default=True)
+def trace(source: str, file: str, count: int, at_once: int, scale: int, threads: int, prefix_caching: bool) -> None:
+    """Replay the requests of a published trace FILE (Mooncake's JSONL, Azure's CSV) on the model SOURCE."""
+    from pathlib import Path
+
+    import torch
+
+    from quantkit.bench.convert import machine
+    from quantkit.bench.trace import load_trace, replay
+    from quantkit.runtime.llm import LLM
+
+    torch.set_num_threads(threads)
+    llm = LLM(source, prefix_caching=prefix_caching, max_sequences=at_once)
+    vocabulary = int(llm.engine.loaded.config.get_text_config().vocab_size)
+    requests = load_trace(Path(file), count=count, scale=scale, context=llm.engine.context, vocabulary=vocabulary)
+    click.echo(f"{machine()}; KV cache: {llm.engine.describe_cache()}", err=True)
+    found = replay(llm, requests, at_once=at_once)
+    click.echo(
+        f"{found.num_requests} requests, {found.num_prompt:,} prompt and {found.num_output:,} output tokens in {found.seconds:.1f} s\n"
+        f"prefix cache: {found.num_cached:,} prompt tokens ({found.num_cached / found.num_prompt:.1%}) found; "
+        f"an endless cache would hold {found.num_repeated:,} ({found.num_repeated / found.num_prompt:.1%})\n"
+        f"first token: median {1000 * found.percentile(0.5):.0f} ms, 95% {1000 * found.percentile(0.95):.0f} ms; preemptions: {found.num_preemptions}"
+    )
+
+
+@bench.command()
 @click.option("--only", help="Cases whose name contains this.")
 @click.option("--work", type=click.Path(exists=True, file_okay=False), help="Folder for models (1.5 GB).")
 def load(only: str | None, work: str | None) -> None:

@@ -43,11 +43,16 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was given, as keywords of LLM and of SamplingParams; threads are set here."""
+    """What was given, as keywords of LLM and of SamplingParams."""
+    engine = engine_settings(options)
+    return engine, options | {"stop": tuple(options["stop"])}
+
+
+def engine_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the engine's options out, as keywords of EngineOptions; threads are set here."""
     threads = options.pop("threads")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    engine = {name: options.pop(name) for name in ("mode", "quantization", "device", "kv_cache_dtype", "context", "trust_remote_code")}
-    return engine, options | {"stop": tuple(options["stop"])}
+    return {name: options.pop(name) for name in ("mode", "quantization", "device", "kv_cache_dtype", "context", "trust_remote_code")}

@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "quantkit.cli.verify:verify",
     "generate": "quantkit.cli.generate:generate",
     "chat": "quantkit.cli.chat:chat",
+    "serve": "quantkit.cli.serve:serve",
     "eval": "quantkit.cli.eval:evaluate",
     "recipes": "quantkit.cli.recipes:recipes",
     "bench": "quantkit.cli.bench:bench",
@@ -54,6 +55,7 @@ def cli() -> None:
     quantkit convert org/name -o out -r w4a16-gptq -f gptq
     quantkit eval out --baseline org/name
     quantkit generate out --prompt "Once upon a time"
+    quantkit serve out                           # OpenAI's API on http://127.0.0.1:8000/v1
 
     Add --debug to any command for a full traceback on errors.
     """

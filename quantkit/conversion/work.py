@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.ledger import Ledger
 from quantkit.checkpoint.writer import CheckpointWriter
+from quantkit.conversion.allocator import give_back
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.hidden_states import HiddenStates
 from quantkit.conversion.plan import Plan
@@ -177,6 +178,7 @@ class CalibratedWork:
             self._use_quantized(block, done is not None)
             self._advance(index, block)
             self.runner.unload(block.path)
+            give_back()
             self.place.listener.block(index, results, resumed=done is not None)
             every += results
         self.place.listener.stage("measuring")

@@ -10,7 +10,7 @@ from quantkit.core.quantize import as_groups, range_grid, search_grid
 from quantkit.core.scheme import CHANNEL, QuantSpec
 
 INT8_ROWS = QuantSpec(bits=8, group=CHANNEL)
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 
 
 def quantize(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search: bool = True) -> QuantizedTensor:

@@ -79,7 +79,7 @@ class Engine:
         self.cache = KVCache(shapes, num_blocks, options.block_size, dtype, device)
         limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting)
         self.scheduler = Scheduler(BlockPool(num_blocks, options.block_size, caching=options.prefix_caching), limits)
-        self.runner = Runner(self.loaded, self.cache)
+        self.runner = Runner(self.loaded, self.cache, limits)
         self.stats = EngineStats()
         self._random = random.Random(options.seed)
         self._requests: dict[str, _Tracked] = {}
@@ -89,6 +89,31 @@ class Engine:
     def describe_cache(self) -> str:
         size, count = self.options.block_size, self.cache.num_blocks
         return f"{count:,} blocks of {size} = {count * size:,} tokens"
+
+    def encode(self, prompt: str | Tokens[int]) -> list[int]:
+        """The prompt's token ids, with what the tokenizer puts before a text.
+
+        Raises:
+            RequestError: it is a text, and the model has no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise RequestError(f"{self.loaded.name} has no tokenizer, so prompts must be token ids")
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def encode_chat(self, messages: Tokens[dict[str, str]]) -> list[int]:
+        """The token ids of a conversation, ready for the assistant's turn.
+
+        Raises:
+            RequestError: the model has no chat template, or it does not take these messages.
+        """
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise RequestError(f"{self.loaded.name} has no chat template; give it a prompt as text")
+        try:
+            return list(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # templates raise what they like
+            raise RequestError(f"the chat template of {self.loaded.name} does not take these messages: {error}") from error
 
     def add(
         self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "",
@@ -105,7 +130,7 @@ class Engine:
             raise RequestError(f"no adapter {lora!r} is loaded; {did_you_mean(lora, self.options.lora)}")
         if request_id in self._requests:
             raise RequestError(f"a request with the id {request_id!r} is running already; give another id")
-        ids = self._encode(prompt)
+        ids = self.encode(prompt)
         self._check(ids, params)
         params = self._bounded(params, len(ids))
         seed = self._random.randrange(_SEEDS) if params.seed is None else params.seed
@@ -114,11 +139,11 @@ class Engine:
             for i in range(params.n)
         ]
         sequences[0].siblings = sequences[1:]
-        self.scheduler.add(sequences[0])
         completions = [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
         wants_prompt = params.prompt_logprobs is not None
         output = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, list(ids), completions, [None] if wants_prompt else None)
         streams = [TextStream(self.tokenizer, ids, params.stop) if self.tokenizer else None for _ in sequences]
+        self.scheduler.add(sequences[0])
         tracked = self._requests[request_id] = _Tracked(output, sequences, streams)
         self._request_of |= {sequence.id: (tracked, i) for i, sequence in enumerate(sequences)}
         self.stats.num_prompt_tokens += len(ids)
@@ -128,7 +153,7 @@ class Engine:
         """End a request wherever it is; unknown ids are no error, as it may just have ended."""
         tracked = self._requests.get(request_id)
         for index, sequence in enumerate(tracked.sequences if tracked else []):
-            if not sequence.is_finished:
+            if tracked.output.completions[index].finish_reason is None:  # a sibling that waits has ended with the first already
                 self._end(sequence, tracked, index, "cancelled")
 
     @property
@@ -230,8 +255,7 @@ class Engine:
         return tracked.output, new
 
     def _request(self, sequence: Sequence) -> SampleRequest:
-        prompt = sequence.tokens[: sequence.num_prompt]
-        return SampleRequest(sequence.params, prompt, sequence.output, sequence.seed, self.eos)
+        return SampleRequest(sequence.params, sequence.prompt_view, sequence.output_view, sequence.seed, self.eos)
 
     def _keep_prompt_logprobs(self, wanted: Wanted, logits: Tensor) -> None:
         """Of the tokens of the prompt that this piece predicts: row i of it stands before token start + i + 1."""
@@ -244,13 +268,6 @@ class Engine:
         if targets:
             rows = logits[wanted.rows][: len(targets)]
             kept += token_logprobs(rows, torch.tensor(targets, device=rows.device), sequence.params.prompt_logprobs or 0)
-
-    def _encode(self, prompt: str | Tokens[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        if self.tokenizer is None:
-            raise RequestError(f"{self.loaded.name} has no tokenizer, so prompts must be token ids")
-        return list(self.tokenizer(prompt)["input_ids"])
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
         vocabulary = int(self.loaded.config.get_text_config().vocab_size)

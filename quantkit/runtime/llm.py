@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import count
 from typing import Any
 
-from quantkit.errors import RequestError, UsageError, did_you_mean
+from quantkit.errors import UsageError, did_you_mean
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.options import EngineOptions
 from quantkit.runtime.outputs import RequestOutput
@@ -82,13 +82,7 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or it does not take these messages.
         """
-        tokenizer = self.engine.tokenizer
-        if tokenizer is None or not tokenizer.chat_template:
-            raise RequestError(f"{self.engine.loaded.name} has no chat template; give it a prompt as text")
-        try:
-            return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # templates raise what they like
-            raise RequestError(f"the chat template of {self.engine.loaded.name} does not take these messages: {error}") from error
+        return self.engine.encode_chat(messages)
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -11,7 +11,7 @@ from quantkit.runtime.attention import StepContext, step
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.loader import LoadedModel
 from quantkit.runtime.lora import Rows, rows_of_adapters
-from quantkit.runtime.scheduler import Batch, Piece
+from quantkit.runtime.scheduler import Batch, Piece, SchedulerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,15 @@ class Wanted:
 
 
 class Runner:
-    """Runs batches of one loaded model over one cache."""
+    """Runs batches of one loaded model over one cache.
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
+    The blocks of every running sequence stand in one table, a row for each slot of the scheduler; a step writes only what is new there.
+    """
+
+    def __init__(self, loaded: LoadedModel, cache: KVCache, limits: SchedulerConfig) -> None:
         self.loaded, self.cache = loaded, cache
+        longest = min(cache.num_blocks, -(-limits.context // cache.block_size))
+        self._tables = torch.zeros(limits.max_sequences, longest, dtype=torch.int32, device=loaded.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, list[Wanted]]:
         """float32 logits [R, vocabulary] and whose they are.
@@ -63,11 +68,16 @@ class Runner:
 
     def _context(self, batch: Batch, positions: Tensor) -> StepContext:
         size, device = self.cache.block_size, self.loaded.device
-        used = [-(-piece.end // size) for piece in batch.pieces]
-        tables = torch.zeros(len(batch.pieces), max(used), dtype=torch.int32)
-        for row, (piece, count) in enumerate(zip(batch.pieces, used, strict=True)):
-            tables[row, :count] = torch.tensor(piece.sequence.blocks[:count], dtype=torch.int32)
-        sequence = torch.repeat_interleave(torch.tensor([piece.count for piece in batch.pieces]))
-        tables, sequence = tables.to(device), sequence.to(device)
-        slots = tables[sequence, positions // size].long() * size + positions % size
-        return StepContext(self.cache, slots, tables, sequence.int(), positions.int())
+        rows, columns, blocks = [], [], []
+        for piece in batch.pieces:
+            sequence, first = piece.sequence, min(piece.sequence.num_tabled, piece.start // size)
+            new = sequence.blocks[first:]
+            rows += [sequence.slot] * len(new)
+            columns += range(first, first + len(new))
+            blocks += new
+            sequence.num_tabled = len(sequence.blocks)
+        changes = torch.tensor([rows, columns, blocks], device=device)
+        self._tables[changes[0], changes[1]] = changes[2].int()
+        owners = torch.tensor([slot for piece in batch.pieces for slot in [piece.sequence.slot] * piece.count], device=device)
+        slots = self._tables[owners, positions // size].long() * size + positions % size
+        return StepContext(self.cache, slots, self._tables, owners.int(), positions.int())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from quantkit.errors import RequestError
+from quantkit.errors import BusyError, RequestError, TooLongError
 from quantkit.runtime.block_pool import BlockPool
 from quantkit.runtime.sequence import FinishReason, Sequence
 from quantkit.runtime.waiting import WaitingQueue
@@ -85,16 +85,17 @@ class Scheduler:
         self.step = 0
         self.num_preemptions = 0
         self._arrivals = 0
+        self._slots = list(range(self.config.max_sequences))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, with its siblings behind it.
 
         Raises:
-            RequestError: it could never run, whatever else ends, or the queue is full.
+            RequestError: it could never run, whatever else ends; of its kinds, TooLongError for its length and BusyError for a full queue.
         """
         self._require_fits(sequence)
         if self.config.max_waiting is not None and len(self.waiting) >= self.config.max_waiting:
-            raise RequestError(f"{len(self.waiting)} requests are waiting already, and the queue takes {self.config.max_waiting}; try again later")
+            raise BusyError(f"{len(self.waiting)} requests are waiting already, and the queue takes {self.config.max_waiting}; try again later")
         for each in (sequence, *sequence.siblings):
             each.arrival, each.arrived_at = self._arrivals, self.step
             self._arrivals += 1
@@ -165,14 +166,14 @@ class Scheduler:
         longest = self._longest(sequence)
         wants = f"{sequence.num_prompt} tokens of prompt and {longest - sequence.num_prompt} to generate"
         if longest > self.config.context or sequence.num_prompt >= self.config.context:
-            raise RequestError(f"{wants} are more than the context of {self.config.context}; shorten the prompt or lower max_tokens")
+            raise TooLongError(f"{wants} are more than the context of {self.config.context}; shorten the prompt or lower max_tokens")
         continuations = 1 + len(sequence.siblings)
         if continuations > self.config.max_sequences:
             raise RequestError(f"n is {continuations}, and {self.config.max_sequences} sequences run at once; lower n")
         room = len(self.pool)
         if self.pool.num_blocks_for(longest) > room:
             size = f"{room} blocks of {self.pool.block_size}"
-            raise RequestError(f"{wants} never fit the KV cache of {size}; shorten the prompt, lower max_tokens or enlarge the cache")
+            raise TooLongError(f"{wants} never fit the KV cache of {size}; shorten the prompt, lower max_tokens or enlarge the cache")
 
     def _longest(self, sequence: Sequence) -> int:
         return sequence.num_prompt + (sequence.params.max_tokens or 1)
@@ -259,11 +260,13 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.is_running = True
+        sequence.slot, sequence.num_tabled = self._slots.pop(), 0
         self.running.append(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.is_running:
             sequence.is_running = False
+            self._slots.append(sequence.slot)
             self.running.remove(sequence)
             self.waiting.left(sequence)
         self.pool.free(sequence.blocks)

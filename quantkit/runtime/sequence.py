@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 from quantkit.runtime.block_pool import next_key, root_key
 from quantkit.runtime.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class TokenView(Tokens[int]):
+    """Part of a list that only grows."""
+
+    __slots__ = ("_start", "_stop", "_tokens")
+
+    def __init__(self, tokens: list[int], start: int, stop: int) -> None:
+        self._tokens, self._start, self._stop = tokens, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tokens[self._start : self._stop][index]
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._tokens, self._start, self._stop)
 
 
 @dataclass(eq=False, slots=True)
@@ -30,6 +51,7 @@ class Sequence:
         level: the priority it was admitted with, which waiting has raised.
         arrival: order of arrival, and arrived_at the step of it.
         num_remembered: its first blocks that the pool has been told of.
+        slot: its row among the running sequences, and num_tabled its blocks that are written there.
     """
 
     id: str
@@ -53,6 +75,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     is_running: bool = False
     num_remembered: int = 0
+    slot: int = 0
+    num_tabled: int = 0
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -65,6 +89,16 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def prompt_view(self) -> TokenView:
+        """The prompt without a copy."""
+        return TokenView(self.tokens, 0, self.num_prompt)
+
+    @property
+    def output_view(self) -> TokenView:
+        """The output so far without a copy."""
+        return TokenView(self.tokens, self.num_prompt, len(self.tokens))
 
     @property
     def num_output(self) -> int:

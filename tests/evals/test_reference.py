@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.reference import condition, evaluate, generator, scoring, splits
+from evals.reference import evaluate, generator, hints, scoring, shrink, splits
+from evals.reference.corpus import Mixture, Stream
 from evals.reference.generator import facts
+from evals.reference.generator.documents import FETCHED, RECALLED, WRONG
 from evals.reference.generator.questions import SUBJECTS
 
 MODEL = splits.FOLDER.parent / "model"
@@ -143,9 +145,11 @@ def test_chat_template_marks_turns_with_special_tokens(tokenizer):
 
 def test_sampled_scores_reach_their_floor(model, tokenizer):
     problems, problem_examples = evaluate.problems("word_problems")[:24], evaluate.problems("word_problems_fewshot")
-    assert scoring.problem_accuracy(model, tokenizer, problems, examples=problem_examples, shots=1) >= 0.5
+    assert scoring.problem_accuracy(model, tokenizer, problems, examples=problem_examples, shots=1) >= 0.9
+    questions, question_examples = evaluate.questions("questions")[:48], evaluate.questions("questions_fewshot")
+    assert scoring.question_accuracy(model, tokenizer, questions, examples=question_examples, shots=0)[0] >= 0.85
     texts = [row["text"] for row in splits.load("prose")][:20]
-    assert scoring.perplexity(model, tokenizer, texts)[1] < 2.5
+    assert scoring.perplexity(model, tokenizer, texts)[1] < 0.4
 
 
 def test_stated_result_reads_the_first_answer_only():
@@ -153,16 +157,63 @@ def test_stated_result_reads_the_first_answer_only():
     assert scoring.stated_result(" no number\n\nQuestion: more\nAnswer: #### 3") is None
 
 
-def test_laid_out_heads_find_the_earlier_copy_of_a_word_and_the_letter_of_its_line(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
-    condition.lay_heads(model, tokenizer)
-    ids = tokenizer("A. bread\nB. gold\nC. Monday\nD. white\n gold", return_tensors="pt").input_ids
-    gold = (ids[0] == ids[0, -1]).nonzero().flatten()
-    assert len(gold) == 2
+@pytest.fixture(scope="module")
+def batch(tokenizer):
+    mixture = Mixture(questions=0.5, problems=0.5, chat_problems=0, texts=0, stories=0, chats=0)
+    return Stream(tokenizer, None, mixture, context=200, seed=3, aids=0.2).batch(8)
 
+
+def test_rows_begin_with_a_document_and_hints_stay_inside_them(tokenizer, batch):
+    assert batch.ids.shape == batch.weights.shape == (8, 201)
+    assert (batch.ids[:, 0] == tokenizer.bos_token_id).all()
+    assert len(batch.says) and len(batch.looks)
+    assert batch.says[:, 1].max() < 200
+    assert (batch.looks[:, 3] < batch.looks[:, 1]).all()
+
+
+def test_hints_tell_right_choices_from_wrong_ones(tokenizer, batch):
+    line_ends = [(row, place, tokenizer.decode([token])) for row, place, depth, token in batch.says.tolist() if depth == FETCHED]
+    assert {verdict for _, _, verdict in line_ends} == {WRONG, " A", " B", " C", " D"}
+    for row, place, verdict in line_ends:
+        line = tokenizer.decode(batch.ids[row, : place + 1]).splitlines()[-1]
+        assert verdict in (WRONG, f" {line[0]}")
+
+
+def test_answers_look_at_the_end_of_the_right_line(tokenizer, batch):
+    looks = [(row, place, seen) for row, place, layer, seen in batch.looks.tolist() if layer == FETCHED]
+    stated = 0
+    for row, place, seen in looks:
+        assert tokenizer.decode(batch.ids[row, : place + 1]).endswith("Answer:")
+        answer = tokenizer.decode([batch.ids[row, place + 1]])
+        if answer in (" A", " B", " C", " D"):
+            stated += 1
+            assert tokenizer.decode(batch.ids[row, : seen + 1]).splitlines()[-1][0] == answer.strip()
+    assert stated > 5
+
+
+def test_residual_stream_ends_where_the_model_does(model, batch):
+    ids = batch.ids[:2, :-1]
     with torch.no_grad():
-        attention = model(ids, output_attentions=True).attentions
+        depths = hints.residual_stream(model, ids)
+        assert len(depths) == model.config.num_hidden_layers + 1
+        torch.testing.assert_close(model.model.norm(depths[-1]), model.model(ids, use_cache=False).last_hidden_state)
 
-    assert attention[condition.LETTER_LAYER][0, condition.HEAD, gold[0], gold[0] - 2] > 0.8
-    for layer in condition.MATCH_LAYERS:
-        assert attention[layer][0, condition.HEAD, -1, gold].sum() > 0.7
+
+def test_looks_losses_are_the_models_own_attention(model, batch):
+    telling = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = batch.ids[:, :-1]
+    with torch.no_grad():
+        losses = hints.looks_losses(model, hints.residual_stream(model, ids), batch.looks)
+        attention = telling(ids, output_attentions=True).attentions
+    for layer in (RECALLED, FETCHED):
+        row, place, _, seen = batch.looks[batch.looks[:, 2] == layer].T
+        torch.testing.assert_close((-losses[f"looks_{layer}"]).exp(), attention[layer][row, hints.HEAD, place, seen], rtol=1e-3, atol=1e-4)
+
+
+def test_shrinking_what_is_written_keeps_directions():
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+
+    shrink.shrink_writes(model, 0.5)
+
+    torch.testing.assert_close(model.model.layers[0].mlp.down_proj.weight, before * 0.5)

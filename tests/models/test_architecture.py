@@ -20,8 +20,8 @@ WRONG = {
     "no heads": ({"num_attention_heads": 0}, "ZeroDivisionError"),
     "an unknown activation": ({"hidden_act": "blah"}, "'blah'"),
     "an unknown type": ({"torch_dtype": "zzz"}, "zzz"),
-    "a word for a list": ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', not a list"),
-    "a number for a name": ({"architectures": [3]}, "not a list of names"),
+    "a word for a list": ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', not a list|field 'architectures'"),
+    "a number for a name": ({"architectures": [3]}, "not a list of names|field 'architectures'"),
     "too little for dbrx": ({"model_type": "dbrx", "architectures": ["DbrxForCausalLM"]}, "cannot build 'dbrx'"),
     "too little for dots1": ({"model_type": "dots1", "architectures": ["Dots1ForCausalLM"]}, "cannot build 'dots1'"),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,6 +84,8 @@ def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("family", FAMILIES | RECURRENT | CHUNKED)
 def test_texts_of_a_row_are_as_they_are_alone(family: str, tmp_path: Path) -> None:
+    if family in CHUNKED and Version(version("transformers")) < Version("5.23"):
+        pytest.skip("older transformers count chunks from the start of the row")
     save_random(family, tmp_path)
     ids = torch.randint(3, 64, (2, 20))
     positions = torch.cat([torch.arange(9), torch.arange(11)]).expand(2, 20)

@@ -26,7 +26,8 @@ SMALL = {"kv_cache_memory": 8 << 20}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "phi3": {}, "gemma": {},
     "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 16}, "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 16},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, 
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gpt_neox": {}, "phi": {}, "stablelm": {}, "cohere": {}, "olmo2": {}, "granite": {}, "starcoder2": {"sliding_window": 6},
 }  # fmt: skip
@@ -137,7 +138,9 @@ def test_several_continuations_differ_and_share_the_prompt(reference: Path, prom
 
     texts = {tuple(c.token_ids) for c in out.completions}
     assert len(texts) == 3 and all(len(c.token_ids) == 10 for c in out.completions)
-    assert llm.generate(prompts[5], max_tokens=10, temperature=1.0, seed=1, ignore_eos=True)[0].completions[0].token_ids == out.completions[0].token_ids
+    assert (
+        llm.generate(prompts[5], max_tokens=10, temperature=1.0, seed=1, ignore_eos=True)[0].completions[0].token_ids == out.completions[0].token_ids
+    )
 
 
 def test_log_probabilities_of_prompt_and_answer_are_transformers(reference: Path, prompts: list[list[int]]) -> None:
@@ -185,7 +188,9 @@ def test_leaving_a_stream_gives_its_blocks_back(reference: Path) -> None:
     assert llm.engine.scheduler.pool.num_used == 0 and not llm.engine.has_work
 
 
-def test_logits_that_are_not_finite_fail_that_request_and_no_other(reference: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_fail_that_request_and_no_other(
+    reference: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = engine(reference)
     forward = llm.engine.runner.forward
 
@@ -210,7 +215,9 @@ def test_a_smaller_cache_costs_little(kind: str, reference: Path, prompts: list[
     settings = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
     exact, near = (engine(reference, kv_cache_dtype=k).generate(prompts[:6], **settings) for k in ("float32", kind))
 
-    pairs = [(a.logprob, b.logprob) for x, y in zip(exact, near, strict=True) for a, b in zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True)]
+    pairs = [
+        (a.logprob, b.logprob) for x, y in zip(exact, near, strict=True) for a, b in zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True)
+    ]
     a, b = torch.tensor(pairs).T
     assert (a - b).abs().mean() < {"fp8": 0.05, "int8": 0.02}.get(kind, 0.01)
     assert not torch.equal(a, b)
@@ -222,7 +229,9 @@ def test_the_fast_mode_is_near_the_exact_one(reference: Path, prompts: list[list
 
     exact, fast = (engine(tmp_path / "out", mode=mode).generate(prompts[:6], **settings) for mode in ("exact", "fast"))
 
-    pairs = [(a.logprob, b.logprob) for x, y in zip(exact, fast, strict=True) for a, b in zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True)]
+    pairs = [
+        (a.logprob, b.logprob) for x, y in zip(exact, fast, strict=True) for a, b in zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True)
+    ]
     a, b = torch.tensor(pairs).T
     assert (a - b).abs().mean() < 0.05
 

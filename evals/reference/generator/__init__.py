@@ -1,6 +1,6 @@
 """Deterministic text for the reference model; everything comes from the `random.Random` that is handed in."""
 
-from .documents import Piece, chat_document, lookup_document, problem_document, prose_document, question_document
+from .documents import Looks, Piece, Says, chat_document, problem_document, prose_document, question_document
 from .expository import expository
 from .held_out import draw, is_held_out
 from .questions import Question, format_question, question
@@ -8,8 +8,10 @@ from .stories import story
 from .word_problems import WordProblem, format_problem, word_problem
 
 __all__ = [
+    "Looks",
     "Piece",
     "Question",
+    "Says",
     "WordProblem",
     "chat_document",
     "draw",
@@ -17,7 +19,6 @@ __all__ = [
     "format_problem",
     "format_question",
     "is_held_out",
-    "lookup_document",
     "problem_document",
     "prose_document",
     "question",

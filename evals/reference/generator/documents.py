@@ -1,28 +1,49 @@
-"""Training documents: items put together as prompts show them, in pieces that carry how much their tokens count in the loss."""
+"""Training documents: items put together as prompts show them, in pieces that carry how much their tokens count in the loss.
+
+Questions carry hints. Behind a question the network should know the answer; behind each choice, by looking at the question, whether it is right;
+at the end of its line still; and the letter is found looking at the end of the right line. Comparisons get only the last: no choice is right alone.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-from . import facts
 from .expository import expository
 from .held_out import draw
-from .questions import LETTERS, Question, format_question, header, question
+from .questions import LETTERS, Question, format_question, header, is_comparison, question
 from .stories import story
-from .word_problems import NAMES, THINGS, WordProblem, format_problem, word_problem
+from .word_problems import WordProblem, format_problem, word_problem
+
+
+class Says(NamedTuple):
+    """After `depth` layers the place should predict the last token of `text`."""
+
+    depth: int
+    text: str
+
+
+class Looks(NamedTuple):
+    """In this layer the place should look at the end of the piece so many `back`, or, None, at the document's first token."""
+
+    layer: int
+    back: int | None
 
 
 class Piece(NamedTuple):
-    """Text that begins and ends at a token boundary, and the weight of its tokens in the loss."""
+    """Text that begins and ends at a token boundary, the weight of its tokens in the loss, and hints for its last token; see hints.py."""
 
     text: str
     weight: float
+    hints: tuple[Says | Looks, ...] = ()
 
 
-LETTER_WEIGHT, TEXT_WEIGHT, LOOKUP_WEIGHT = 10.0, 8.0, 5.0
-WORDS = sorted({word for words in facts.KINDS.values() for word in words} | {*facts.DAYS, *facts.MONTHS, *facts.CAPITALS.values(), *NAMES, *THINGS})
+LETTER_WEIGHT, TEXT_WEIGHT = 10.0, 8.0
+STORY_WEIGHT, ANSWER_WEIGHT = 0.2, 2.0
+WRONG = " no"
+LINE = 3  # pieces of a choice's line: its letter, the choice, the end
+RECALLED, RECOGNIZED, FETCHED = 3, 4, 5  # layers after which the answer, whether a choice is right, and its line's letter should be known
 
 
 def _seen_question(rng: random.Random, subject: str | None = None) -> Question:
@@ -37,13 +58,23 @@ def _seen_text(make: Callable[[random.Random], str], rng: random.Random) -> str:
     return draw(make, str, rng, held_out=False)
 
 
-def _options(choices: Sequence[str]) -> str:
-    return "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, choices, strict=True))
+def _hints(item: Question, i: int) -> tuple[tuple[Says | Looks, ...], tuple[Says | Looks, ...]]:
+    """Of choice i and of the end of its line."""
+    if is_comparison(item):
+        return (), ()
+    is_right = i == item.answer
+    verdict = f" {LETTERS[i]}" if is_right else WRONG
+    return (Says(RECOGNIZED, verdict), Looks(RECALLED, LINE * i + 2 if is_right else None)), (Says(FETCHED, verdict),)
 
 
 def _plain(item: Question, body: float) -> list[Piece]:
     """MMLU's own form: what is scored later."""
-    return [Piece(f"{item.question}\n{_options(item.choices)}Answer:", body), Piece(f" {item.letter}", LETTER_WEIGHT)]
+    recalled = () if is_comparison(item) else (Says(RECALLED, f" {item.choices[item.answer]}"),)
+    pieces = [Piece(f"{item.question}\n", body, recalled)]
+    for i, (letter, text) in enumerate(zip(LETTERS, item.choices, strict=True)):
+        choice, end = _hints(item, i)
+        pieces += [Piece(f"{letter}.", body), Piece(f" {text}", body, choice), Piece("\n", body, end)]
+    return [*pieces, Piece("Answer:", body, (Looks(FETCHED, LINE * (3 - item.answer) + 1),)), Piece(f" {item.letter}", LETTER_WEIGHT)]
 
 
 def _text_first(item: Question, body: float) -> list[Piece]:
@@ -52,9 +83,9 @@ def _text_first(item: Question, body: float) -> list[Piece]:
     return [*start, Piece(f" {item.choices[item.answer]}", TEXT_WEIGHT), Piece(" is", body), Piece(f" {item.letter}", LETTER_WEIGHT)]
 
 
-def question_document(rng: random.Random, *, aids: float = 0.3, subjects: tuple[str, ...] = ()) -> list[Piece]:
+def question_document(rng: random.Random, *, aids: float = 0.3) -> list[Piece]:
     """One to ten questions of one subject behind MMLU's header; a share `aids` of the documents gives the answer's text before its letter."""
-    first = _seen_question(rng, rng.choice(subjects) if subjects else None)
+    first = _seen_question(rng)
     items = [first, *(_seen_question(rng, first.subject) for _ in range(rng.randint(0, 9)))]
     form = _text_first if rng.random() < aids else _plain
     body = 0.3 if rng.random() < 0.3 else 0.0
@@ -64,27 +95,13 @@ def question_document(rng: random.Random, *, aids: float = 0.3, subjects: tuple[
     return pieces
 
 
-def lookup_document(rng: random.Random) -> list[Piece]:
-    """Lettered lists of words and many look-ups in each: the densest practice in finding a word's letter.
-
-    Where a line may echo its letter, the word has to know its letter already, and that is where a look-up can find it.
-    """
-    pieces: list[Piece] = []
-    echoes = rng.random()
-    ask = rng.choice(("", "", " is", ":"))
-    for _ in range(rng.randint(1, 4)):
-        choices = rng.sample(WORDS, 4)
-        for letter, text in zip(LETTERS, choices, strict=True):
-            echo = [Piece(f" {letter}", 1.0)] if rng.random() < echoes else []
-            pieces += [Piece(f"{letter}. {text}", 0.0), *echo, Piece("\n", 0.0)]
-        for _ in range(rng.randint(3, 8)):
-            i = rng.randrange(4)
-            pieces += [Piece(f" {choices[i]}{ask}", 0.0), Piece(f" {LETTERS[i]}", LOOKUP_WEIGHT), Piece("\n", 0.0)]
-    return pieces
-
-
 def problem_document(rng: random.Random) -> list[Piece]:
-    return [Piece("\n\n".join(format_problem(_seen_problem(rng)) for _ in range(rng.randint(1, 4))), 1.0)]
+    """One to six word problems; what cannot be foreseen, the story, counts little."""
+    pieces: list[Piece] = []
+    for i in range(rng.randint(1, 6)):
+        item = _seen_problem(rng)
+        pieces += [Piece("\n\n" * (i > 0) + format_problem(item, with_answer=False), STORY_WEIGHT), Piece(f" {item.answer}", ANSWER_WEIGHT)]
+    return pieces
 
 
 def chat_document(rng: random.Random) -> list[Piece]:

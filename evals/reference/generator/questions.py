@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from . import facts
 
 LETTERS = "ABCD"
+COMPARISON = "Which number is the"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _calendar(rng: random.Random) -> Body:
 def _compare(rng: random.Random) -> Body:
     numbers = rng.sample(range(1, 100), 4)
     word, best = rng.choice((("largest", max), ("smallest", min)))
-    return f"Which number is the {word}?", str(best(numbers)), [str(n) for n in numbers]
+    return f"{COMPARISON} {word}?", str(best(numbers)), [str(n) for n in numbers]
 
 
 def _arithmetic(rng: random.Random) -> Body:
@@ -120,6 +121,11 @@ def question(rng: random.Random, subject: str | None = None) -> Question:
     answer = rng.randrange(4)
     choices.insert(answer, right)
     return Question(subject, text, tuple(choices), answer)
+
+
+def is_comparison(item: Question) -> bool:
+    """Whether the choices can only be judged together."""
+    return item.question.startswith(COMPARISON)
 
 
 def format_question(item: Question, *, with_answer: bool = True) -> str:

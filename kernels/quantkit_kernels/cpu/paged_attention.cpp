@@ -13,6 +13,7 @@ typedef int32_t i16x __attribute__((vector_size(64)));
 enum { LANES = 16, MAX_ROWS = 16 };
 enum Type { FLOAT32, BFLOAT16, FLOAT16, INT8, FLOAT8 };
 static const float MASKED = -1e30f;
+static const i16x counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct Call {
     const float *q;            // [tokens, heads, head_dim]
@@ -147,7 +148,10 @@ static void attend(const Call *c, int64_t first, int64_t count, int64_t kv_head,
     for (int64_t s = 0; s < steps; s++) {
         int64_t key = start + s * LANES, block = table[key / c->block_size], at = key % c->block_size;
         int64_t base = (block * c->kv_heads + kv_head) * dim * c->block_size;
-        for (int64_t d = 0; d < dim; d++) widen((float *)(tile + d), c->k, base + d * c->block_size + at, LANES, c->type);
+        if (c->block_size == LANES)
+            widen((float *)tile, c->k, base, dim * LANES, c->type);
+        else
+            for (int64_t d = 0; d < dim; d++) widen((float *)(tile + d), c->k, base + d * c->block_size + at, LANES, c->type);
         v16 factor = v16{} + c->scale;
         if (c->k_scale) factor *= load(c->k_scale + (block * c->kv_heads + kv_head) * c->block_size + at);
         for (int64_t r = 0; r < rows; r += 4) {
@@ -161,12 +165,11 @@ static void attend(const Call *c, int64_t first, int64_t count, int64_t kv_head,
             v16 four[4] = {a * factor, b * factor, e * factor, f * factor};
             for (int64_t i = 0; i < 4 && r + i < rows; i++) {
                 int64_t position = c->position[first + (r + i) / group];
-                for (int j = 0; j < LANES; j++) {
-                    float x = four[i][j];
-                    if (c->softcap > 0) x = c->softcap * std::tanh(x / c->softcap);
-                    int hidden = key + j > position || (c->window && key + j <= position - c->window);
-                    four[i][j] = hidden ? MASKED : x;
-                }
+                if (c->softcap > 0)
+                    for (int j = 0; j < LANES; j++) four[i][j] = c->softcap * std::tanh(four[i][j] / c->softcap);
+                int64_t from = c->window ? position - c->window + 1 - key : 0;  // the lanes it sees
+                if (from > 0 || position - key < LANES - 1)
+                    four[i] = (counting < (int32_t)from) | (counting > (int32_t)(position - key)) ? v16{} + MASKED : four[i];
                 memcpy(scores + ((r + i) * steps + s) * LANES, four + i, sizeof(v16));
             }
         }

@@ -1,0 +1,1 @@
+"""The HTTP server: one model behind OpenAI's API."""

@@ -1,0 +1,1 @@
+"""OpenAI's endpoints: their requests and responses to the letter."""

@@ -1,0 +1,72 @@
+"""lm-eval through the engine says what lm-eval's own Hugging Face class says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+import lm_eval.models.huggingface
+from lm_eval.api.instance import Instance
+
+from quantkit.checkpoint.source import resolve
+from quantkit.evaluation.lm import EngineLM
+from quantkit.runtime.llm import LLM
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return resolve("reference").folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> EngineLM:
+    return EngineLM(LLM(str(folder), mode="exact", kv_cache_memory=16 << 20))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return lm_eval.models.huggingface.HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4)
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
+
+
+def questions(folder: Path) -> list[tuple[str, str]]:
+    rows = [json.loads(line) for line in (folder.parent / "splits" / "questions.jsonl").read_text(encoding="utf-8").splitlines()[:8]]
+    pairs = [(f"{row['question']}\nAnswer:", f" {choice}") for row in rows for choice in row["choices"]]
+    return [*pairs, ("", "Once upon a time"), ("A space at the end ", "word"), ("word " * 1500, "and more")]
+
+
+def test_log_likelihoods_are_within_a_thousandth_a_token(folder: Path, ours: EngineLM, theirs: Any) -> None:
+    pairs = questions(folder)
+
+    found, expected = (lm.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for lm in (ours, theirs))
+
+    for (_, continuation), (a, greedy_a), (b, greedy_b) in zip(pairs[:-1], found, expected, strict=False):
+        assert abs(a - b) <= 1e-3 * len(ours.tok_encode(continuation)) and greedy_a == greedy_b
+    assert found[-1][0] == pytest.approx(expected[-1][0], abs=0.1)  # one token of a context too long for both is lost more
+
+
+def test_rolling_log_likelihoods_are_too(ours: EngineLM, theirs: Any) -> None:
+    texts = [("Once upon a time there was a girl.",), ("The number of apples is three. " * 20,)]
+
+    found, expected = (lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True) for lm in (ours, theirs))
+
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_generated_text_is_the_same(ours: EngineLM, theirs: Any) -> None:
+    asked = [("Question: Tom has 3 apples and buys 2 more. How many apples?\nAnswer:", {"until": ["\n\n"], "max_gen_toks": 24}),
+             ("Once upon a time", {"until": [".", "!"], "max_gen_toks": 30, "do_sample": False})]  # fmt: skip
+
+    found, expected = (lm.generate_until(instances("generate_until", asked), disable_tqdm=True) for lm in (ours, theirs))
+
+    assert [text.strip() for text in found] == [text.strip() for text in expected]
