@@ -35,7 +35,7 @@ def scheme_at_load(name: str, columns: int) -> Scheme:
 def quantize(weight: torch.Tensor, scheme: Scheme, model_dtype: torch.dtype) -> QuantizedTensor:
     """A weight [N, K] as a conversion without data stores it: scales in the model's own 16-bit type, searched below 8 bits.
 
-    At 8 bits a search takes a hundred times as long as reading the file, for next to nothing.
+    At 8 bits a search made the load of a 0.9 GB model take minutes in place of seconds.
     """
     assert scheme.weight is not None
     dtype = torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
