@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor], Tensor]
-_WEIGHTS_AT_ONCE = 1 << 23
+_WEIGHTS_AT_ONCE = 1 << 20
+"""Weights held dequantized: few, so that they stay in the caches."""
 
 
 def store_kv(
@@ -93,25 +94,46 @@ def low_bit_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | int, 
     """[M, K] by a weight of codes, dequantized a few rows at a time: w = (codes - zero) * scale.
 
     Args:
-        codes: uint8 [N, K].
+        codes: uint8 [N, K], or two a byte as `pack_nibbles` leaves them.
         scale: [N, G] of any float type.
         zero: [N, G] in the codes' units, or one for all.
         group_of_column: int [K], or None where groups are equal runs of columns.
         product: multiplies [M, K] by [n, K].
     """
-    rows, columns = codes.shape
+    columns = x.shape[1]
     at_once = max(1, _WEIGHTS_AT_ONCE // columns)
     parts = []
-    for start in range(0, rows, at_once):
+    for start in range(0, len(codes), at_once):
         of = slice(start, start + at_once)
-        s = _expand(scale[of].float(), columns, group_of_column)
-        z = zero if isinstance(zero, int) else _expand(zero[of].float(), columns, group_of_column)
-        parts.append(product(x, (codes[of].float() - z) * s))
+        z = zero if isinstance(zero, int) else zero[of].float()
+        rows = codes[of] if codes.shape[1] == columns else unpack_nibbles(codes[of], columns)
+        parts.append(product(x, _dequantize(rows, scale[of].float(), z, group_of_column)))
     return torch.cat(parts, dim=1)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes of at most 4 bits, uint8 [N, K], two a byte: [N, ceil(K / 2)], the even column in the low half."""
+    packed = codes[:, ::2].clone()
+    packed[:, : codes.shape[1] // 2] |= codes[:, 1::2] << 4
+    return packed
+
+
+def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack_nibbles`: uint8 [N, columns]."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :columns]
+
+
+def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | int, group_of_column: Tensor | None) -> Tensor:
+    rows, columns = codes.shape
+    groups = scale.shape[1]
+    if group_of_column is None and columns % groups == 0:
+        z = zero if isinstance(zero, int) else zero[..., None]
+        return ((codes.view(rows, groups, -1).float() - z) * scale[..., None]).view(rows, columns)
+    z = zero if isinstance(zero, int) else _expand(zero, columns, group_of_column)
+    return (codes.float() - z) * _expand(scale, columns, group_of_column)
 
 
 def _expand(per_group: Tensor, columns: int, group_of_column: Tensor | None) -> Tensor:
     if group_of_column is not None:
         return per_group[:, group_of_column.long()]
     return per_group.repeat_interleave(-(-columns // per_group.shape[1]), dim=1)[:, :columns]
-

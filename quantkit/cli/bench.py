@@ -98,3 +98,26 @@ def trace(source: str, file: str, count: int, at_once: int, scale: int, threads:
         f"an endless cache would hold {found.num_repeated:,} ({found.num_repeated / found.num_prompt:.1%})\n"
         f"first token: median {1000 * found.percentile(0.5):.0f} ms, 95% {1000 * found.percentile(0.95):.0f} ms; preemptions: {found.num_preemptions}"
     )
+
+
+@bench.command()
+@click.option("--only", help="Cases whose name contains this.")
+@click.option("--work", type=click.Path(exists=True, file_okay=False), help="Folder for models (1.5 GB).")
+def load(only: str | None, work: str | None) -> None:
+    """Memory of loading a random model of 0.9 GB, and of its conversions."""
+    from pathlib import Path
+
+    from quantkit.bench.convert import machine
+    from quantkit.bench.load import CASES, KV_BYTES, measure
+    from quantkit.errors import UsageError
+
+    cases = tuple(case for case in CASES if only is None or only in case.name)
+    if not cases:
+        raise UsageError(f"no case contains {only!r}; cases are {', '.join(case.name for case in CASES)}")
+    click.echo(f"machine: {machine()}; a cache of {KV_BYTES / 1e6:,.0f} MB", err=True)
+    click.echo("| case | packed model | private memory | of it imports | peak over model and cache | wall |\n|---|---|---|---|---|---|")
+    for result in measure(cases, Path(work) if work else None):
+        click.echo(
+            f"| {result.case.name} | {result.packed_bytes / 1e6:,.0f} MB | {result.usage.peak_private / 1e6:,.0f} MB "
+            f"| {result.import_bytes / 1e6:,.0f} MB | {result.ratio:.2f} | {result.usage.seconds:.0f} s |"
+        )

@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 
+_MODES = ("fast", "exact", "int8")
+_MODE_HELP = "exact: float32, equal in any batch. int8: prompts faster, answers less exact; quantized models on CPUs."
 _OPTIONS = (
-    click.option("--mode", type=click.Choice(["fast", "exact"]), default="fast", show_default=True, help="exact: float32, equal in any batch."),
+    click.option("--mode", type=click.Choice(_MODES), default="fast", show_default=True, help=_MODE_HELP),
+    click.option("--quantization", help="Quantize an unquantized model while it loads: int8 or w4."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8, fp8."),
     click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer; the model's own by default."),
@@ -54,5 +57,5 @@ def engine_settings(options: dict[str, Any]) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(threads)
-    names = ("mode", "device", "kv_cache_dtype", "context", "speculation", "num_draft_tokens", "trust_remote_code")
+    names = ("mode", "quantization", "device", "kv_cache_dtype", "context", "speculation", "num_draft_tokens", "trust_remote_code")
     return {name: options.pop(name) for name in names}

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.allocator import give_back
 from quantkit.checkpoint.ledger import Ledger
 from quantkit.checkpoint.writer import CheckpointWriter
-from quantkit.conversion.allocator import give_back
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.hidden_states import HiddenStates
 from quantkit.conversion.plan import Plan

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.core.quantize import Grid
 from quantkit.core.scheme import QuantSpec
 
 
@@ -65,6 +66,12 @@ class QuantizedTensor:
     def to(self, device: torch.device | str) -> QuantizedTensor:
         moved = [None if t is None else t.to(device) for t in (self.codes, self.scale, self.zero, self.group_of_column)]
         return QuantizedTensor(self.spec, *moved)
+
+
+def from_grid(spec: QuantSpec, codes: Tensor, grid: Grid, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """A quantized tensor of codes [N, K] and a grid [N, G, 1], both float32."""
+    zero = None if spec.symmetric else grid.zero.squeeze(-1).to(torch.int16)
+    return QuantizedTensor(spec, codes.to(torch.uint8), grid.scale.squeeze(-1).to(scale_dtype), zero)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

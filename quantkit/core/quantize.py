@@ -147,12 +147,18 @@ def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) 
     return Grid(scale, torch.clamp(torch.round(-low / scale), 0, spec.max_code))
 
 
-def fake_quantize(x: Tensor, spec: ActivationSpec) -> Tensor:
-    """The values of activations [..., K] that their integer codes stand for, in x's type.
+def quantize_activations(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+    """Integer codes of activations [..., K], as whole numbers in x's type, and their scales [..., 1].
 
     One dynamic symmetric scale a token, after compressed-tensors: scale = largest magnitude / 127.5, codes from -128 to 127.
     """
     levels = 1 << spec.bits
     scale = x.abs().amax(-1, keepdim=True) / ((levels - 1) / 2)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-    return torch.clamp(torch.round(x / scale), -levels // 2, levels // 2 - 1) * scale
+    return torch.clamp(torch.round(x / scale), -levels // 2, levels // 2 - 1), scale
+
+
+def fake_quantize(x: Tensor, spec: ActivationSpec) -> Tensor:
+    """The values of activations [..., K] that their integer codes stand for, in x's type."""
+    codes, scale = quantize_activations(x, spec)
+    return codes * scale

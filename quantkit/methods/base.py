@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.quantize import Grid
 from quantkit.core.scheme import QuantSpec
 
 
@@ -34,9 +33,3 @@ class Rounding(Protocol):
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         """Round float32 [N, K]; rows never influence each other, so weights with one input may be stacked."""
         ...
-
-
-def from_grid(spec: QuantSpec, codes: Tensor, grid: Grid, scale_dtype: torch.dtype) -> QuantizedTensor:
-    """A quantized tensor of codes [N, K] and a grid [N, G, 1], both float32."""
-    zero = None if spec.symmetric else grid.zero.squeeze(-1).to(torch.int16)
-    return QuantizedTensor(spec, codes.to(torch.uint8), grid.scale.squeeze(-1).to(scale_dtype), zero)

@@ -13,11 +13,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.qtensor import QuantizedTensor, from_grid
 from quantkit.core.quantize import Grid, as_groups, range_grid, search_grid
 from quantkit.core.scheme import QuantSpec
 from quantkit.errors import CalibrationError, RecipeError, did_you_mean
-from quantkit.methods.base import Statistics, from_grid
+from quantkit.methods.base import Statistics
 from quantkit.methods.descent import descend
 
 Order = Literal["group", "static", "none"]

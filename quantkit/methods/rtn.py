@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.qtensor import QuantizedTensor, from_grid
 from quantkit.core.quantize import as_groups, range_grid, search_grid
 from quantkit.core.scheme import QuantSpec
-from quantkit.methods.base import Statistics, from_grid
+from quantkit.methods.base import Statistics
 
 
 @dataclass(frozen=True, slots=True)

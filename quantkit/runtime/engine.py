@@ -14,12 +14,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quantkit.errors import RequestError
+from quantkit.errors import RequestError, did_you_mean
 from quantkit.models.device import find_device
 from quantkit.runtime.block_pool import BlockPool
 from quantkit.runtime.choosing import choose
 from quantkit.runtime.detokenizer import TextStream
 from quantkit.runtime.loader import load
+from quantkit.runtime.lora import attach
 from quantkit.runtime.matcher import Compiler, Matcher
 from quantkit.runtime.options import NGRAM, EngineOptions
 from quantkit.runtime.outputs import Completion, RequestOutput
@@ -78,7 +79,10 @@ class Engine:
     def __init__(self, source: str, options: EngineOptions | None = None) -> None:
         self.options = options = options or EngineOptions()
         device = find_device(options.device)
-        self.loaded = load(source, mode=options.mode, device=device, trust_remote_code=options.trust_remote_code)
+        self.loaded = load(
+            source, mode=options.mode, device=device, quantization=options.quantization, trust_remote_code=options.trust_remote_code
+        )
+        attach(self.loaded, options.lora, options.mode)
         self.tokenizer = tokenizer_of(self.loaded, options)
         self.context = context_of(self.loaded, options)
         self.eos = end_of_text(self.loaded, self.tokenizer)
@@ -139,14 +143,18 @@ class Engine:
             raise RequestError(f"the chat template of {self.loaded.name} does not take these messages: {error}") from error
 
     def add(
-        self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "", salt: str = ""
-    ) -> RequestOutput:
+        self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "",
+        salt: str = "", lora: str | None = None,
+    ) -> RequestOutput:  # fmt: skip
         """Queue a request; the output returned is filled in as steps are taken.
 
         Raises:
-            RequestError: the prompt is empty or too long, its ids or the parameters are out of range, the id is taken, or the queue is full.
+            RequestError: the prompt is empty or too long, its ids or the parameters are out of range, the id is taken, the queue is full, or
+                there is no such adapter.
         """
         params = params or SamplingParams()
+        if lora is not None and lora not in self.options.lora:
+            raise RequestError(f"no adapter {lora!r} is loaded; {did_you_mean(lora, self.options.lora)}")
         if request_id in self._requests:
             raise RequestError(f"a request with the id {request_id!r} is running already; give another id")
         ids = self.encode(prompt)
@@ -155,7 +163,7 @@ class Engine:
         matcher = self.compiler.compile(params.structure) if params.structure else None
         seed = self._random.randrange(_SEEDS) if params.seed is None else params.seed
         sequences = [
-            Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS)
+            Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, lora or "", seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS)
             for i in range(params.n)
         ]
         sequences[0].siblings = sequences[1:]

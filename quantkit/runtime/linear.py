@@ -8,11 +8,11 @@ from quantkit.ops import Linear
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b, for x [..., K] of any leading shape."""
+    """y = x W^T + b, for x [..., K] of any leading shape; `shape` is (N, K)."""
 
-    def __init__(self, product: Linear, bias: Tensor | None) -> None:
+    def __init__(self, product: Linear, bias: Tensor | None, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.product, self.bias = product, bias
+        self.product, self.bias, self.shape = product, bias, shape
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x.reshape(-1, x.shape[-1]))

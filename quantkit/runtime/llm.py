@@ -34,12 +34,16 @@ class LLM:
         self.engine = Engine(source, EngineOptions(**options))
         self._ids = count()
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Any) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, lora: str | Sequence[str | None] | None = None,
+        **settings: Any,
+    ) -> list[RequestOutput]:  # fmt: skip
         """Continue every prompt, many at once.
 
         Args:
             prompts: texts or lists of token ids, or one of them.
             params: how to sample; or its fields as keywords, such as max_tokens=64, temperature=0.
+            lora: the adapter to take, by its name in EngineOptions.lora; or one for each prompt, None for the model itself.
 
         Raises:
             RequestError: a prompt or a parameter cannot be served; nothing was generated.
@@ -47,8 +51,10 @@ class LLM:
         params = _params(params, settings)
         outputs: list[RequestOutput] = []
         try:
-            for prompt in _several(prompts):
-                outputs.append(self.engine.add(prompt, params, request_id=f"request-{next(self._ids)}"))
+            several = _several(prompts)
+            adapters = [lora] * len(several) if lora is None or isinstance(lora, str) else lora
+            for prompt, adapter in zip(several, adapters, strict=True):
+                outputs.append(self.engine.add(prompt, params, request_id=f"request-{next(self._ids)}", lora=adapter))
             while not all(output.is_finished for output in outputs):
                 self.engine.step()
         except BaseException:

@@ -1,7 +1,7 @@
 """A checkpoint of any container to a model that runs: tensor by tensor, each repacked for its kernel as it comes.
 
 The model is transformers' own, built without weights; its linears are replaced, everything else takes its values. At no time is more than one
-dense weight in memory beside what is kept.
+dense weight in memory beside what is kept. An unquantized model may be quantized as it comes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import ops
+from quantkit.allocator import give_back
 from quantkit.checkpoint.source import resolve
 from quantkit.core.scheme import Scheme
 from quantkit.errors import QuantkitError, SourceError
@@ -24,6 +25,7 @@ from quantkit.formats.streamed import FileOrder
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.runtime.attention import NAME
 from quantkit.runtime.linear import PackedLinear
+from quantkit.runtime.quantization import quantize, require_unquantized, scheme_at_load
 
 
 @dataclass(eq=False, slots=True)
@@ -51,22 +53,51 @@ class LoadedModel:
         return int(self.config.get_text_config().vocab_size)
 
 
-def load(source: str, *, mode: ops.Mode = "fast", device: torch.device, trust_remote_code: bool = False) -> LoadedModel:
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Where the model's weights come from and how they are to be held.
+
+    Attributes:
+        kept: dense weights in the order in which an unquantized file keeps them.
+        at_load: the schemes of the linears that are quantized as they come, by module path.
+    """
+
+    architecture: Architecture
+    opened: OpenedCheckpoint
+    kept: FileOrder
+    at_load: dict[str, Scheme]
+    mode: ops.Mode
+    device: torch.device
+
+
+def load(
+    source: str, *, mode: ops.Mode = "fast", device: torch.device, quantization: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load a folder, hub id, `modelscope:org/name` or `reference`.
+
+    Args:
+        quantization: a name of `quantization.AT_LOAD`: the linears of an unquantized model's blocks are quantized as they come, from their
+            weights alone; its head, routers and embeddings are not.
 
     Raises:
         SourceError, CheckpointError, FormatError: it is not there, not whole, of an unknown architecture or container, or cannot be paged.
+        UsageError: it is quantized already, or this machine has no kernel for the mode.
     """
+    ops.require_mode(mode, device)
     origin = resolve(source, trust_remote_code=trust_remote_code)
     try:
         opened = OpenedCheckpoint(origin.folder)
     except QuantkitError as error:
         raise type(error)(f"{origin.name}: {error}") from error
+    if quantization is not None:
+        require_unquantized(opened, origin.name, quantization)
     config = load_config(origin.folder, trust_remote_code=trust_remote_code)
     _require_pageable(config, origin.name)
-    schemes = dict(opened.schemes)
     architecture = describe(config, opened, trust_remote_code=trust_remote_code)
-    _fill(architecture, opened, mode, device)
+    linears = [linear for block in architecture.blocks for linear in block.linears] if quantization is not None else []
+    at_load = {linear.path: scheme_at_load(quantization, linear.shape[1]) for linear in linears if quantization is not None}
+    schemes = opened.schemes | {linear.name: at_load[linear.path] for linear in linears}
+    _fill(_Weights(architecture, opened, FileOrder(opened, architecture), at_load, mode, device))
     model = architecture.model
     model.set_attn_implementation(NAME)
     return LoadedModel(origin.name, origin.folder, model, config, opened.dtype, schemes, architecture.context, device)
@@ -80,10 +111,10 @@ def _require_pageable(config: PretrainedConfig, name: str) -> None:
         raise SourceError(f"{name} is a {config.model_type} with layers of {kinds}; the runtime runs full and sliding attention")
 
 
-def _fill(architecture: Architecture, opened: OpenedCheckpoint, mode: ops.Mode, device: torch.device) -> None:
+def _fill(weights: _Weights) -> None:
+    architecture, opened, mode, device = weights.architecture, weights.opened, weights.mode, weights.device
     model, stored = architecture.model, architecture.stored
     embedding = model.get_input_embeddings()
-    kept = FileOrder(opened, architecture)
     routers = {path for block in architecture.blocks for path, why in block.left_alone.items() if why == "router of experts"}
     tied = []
     for path, module in list(model.named_modules()):
@@ -92,44 +123,46 @@ def _fill(architecture: Architecture, opened: OpenedCheckpoint, mode: ops.Mode, 
                 tied.append(path)
             else:
                 own_mode: ops.Mode = "exact" if path in routers else mode  # a router in 16 bits would choose other experts
-                model.set_submodule(path, _packed(path, module, architecture, opened, kept, own_mode, device))
+                model.set_submodule(path, _packed(path, module, weights, own_mode))
+                give_back()
             continue
-        dtype = opened.dtype if module is embedding and mode == "fast" else torch.float32
+        dtype = opened.dtype if module is embedding and mode != "exact" else torch.float32
         for name, parameter in [*module.named_parameters(path, recurse=False), *_persistent_buffers(path, module)]:
             if parameter.device.type == "meta" or stored.sources(name):
-                value = _read(name, tuple(parameter.shape), architecture, kept)
+                value = _read(name, tuple(parameter.shape), weights)
                 set_module_tensor_to_device(model, name, device, value=value, dtype=dtype if parameter.is_floating_point() else parameter.dtype)
     for path in tied:
         weight = model.get_parameter(stored.owner(f"{path}.weight")).data
-        model.set_submodule(path, PackedLinear(ops.dense_linear(weight, mode), None))
+        model.set_submodule(path, PackedLinear(ops.dense_linear(weight, mode), None, tuple(weight.shape)))
     model.to(device)
     embedding.register_forward_hook(lambda module, inputs, output: output.float())
 
 
-def _packed(
-    path: str, module: nn.Module, architecture: Architecture, opened: OpenedCheckpoint, kept: FileOrder, mode: ops.Mode, device: torch.device
-) -> PackedLinear:
+def _packed(path: str, module: nn.Module, weights: _Weights, mode: ops.Mode) -> PackedLinear:
     rows, columns = module.weight.shape
-    name = architecture.stored.find(f"{path}.weight")
-    scheme = opened.schemes.get(name.removesuffix(".weight")) if name else None
-    if scheme is not None and name is not None:
-        q = opened.quantized(name.removesuffix(".weight"))
-        _require_shape(name, q.shape, (columns, rows) if isinstance(module, Conv1D) else (rows, columns))
-        product = ops.quantized_linear(q.to(device), scheme, mode)
-    else:
-        weight = _read(f"{path}.weight", (rows, columns), architecture, kept)
-        product = ops.dense_linear((weight.T.contiguous() if isinstance(module, Conv1D) else weight).to(device), mode)
+    shape = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
     has_bias = getattr(module, "bias", None) is not None
-    bias = _read(f"{path}.bias", tuple(module.bias.shape), architecture, kept).float().to(device) if has_bias else None
-    return PackedLinear(product, bias)
+    bias = _read(f"{path}.bias", tuple(module.bias.shape), weights).float().to(weights.device) if has_bias else None
+    name = weights.architecture.stored.find(f"{path}.weight")
+    scheme = weights.opened.schemes.get(name.removesuffix(".weight")) if name else None
+    if scheme is not None and name is not None:
+        q = weights.opened.quantized(name.removesuffix(".weight"))
+        _require_shape(name, q.shape, shape)
+        return PackedLinear(ops.quantized_linear(q.to(weights.device), scheme, mode), bias, shape)
+    weight = _read(f"{path}.weight", (rows, columns), weights)
+    weight = (weight.T.contiguous() if isinstance(module, Conv1D) else weight).to(weights.device)
+    scheme = weights.at_load.get(path)
+    if scheme is not None:
+        return PackedLinear(ops.quantized_linear(quantize(weight, scheme, weights.opened.dtype), scheme, mode), bias, shape)
+    return PackedLinear(ops.dense_linear(weight, mode), bias, shape)
 
 
-def _read(parameter: str, shape: tuple[int, ...], architecture: Architecture, kept: FileOrder) -> Tensor:
-    stored = architecture.stored
+def _read(parameter: str, shape: tuple[int, ...], weights: _Weights) -> Tensor:
+    stored = weights.architecture.stored
     sources = stored.sources(parameter)
     if not sources:
         raise SourceError(f"the checkpoint has no tensor for {parameter} {list(shape)}")
-    value = stored.read(parameter, kept.get)
+    value = stored.read(parameter, weights.kept.get)
     _require_shape(sources[0], tuple(value.shape), shape)
     return value
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from quantkit.runtime.attention import StepContext, step
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.loader import LoadedModel
+from quantkit.runtime.lora import Rows, rows_of_adapters
 from quantkit.runtime.scheduler import Batch, Piece, SchedulerConfig
 
 
@@ -51,10 +52,19 @@ class Runner:
         device = self.loaded.device
         ids = torch.tensor([[token for piece in batch.pieces for token in piece.tokens]], device=device)
         positions = torch.tensor([[i for piece in batch.pieces for i in range(piece.start, piece.end)]], device=device)
-        with torch.inference_mode(), step(self._context(batch, positions[0])):
+        with torch.inference_mode(), step(self._context(batch, positions[0])), rows_of_adapters(self._rows(batch)):
             keep = torch.tensor(rows or [0], device=device)
             out = self.loaded.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
         return out.logits[0].float()[: len(rows)], wanted
+
+    def _rows(self, batch: Batch) -> Rows:
+        rows: dict[str, list[int]] = {}
+        at = 0
+        for piece in batch.pieces:
+            if piece.sequence.lora:
+                rows.setdefault(piece.sequence.lora, []).extend(range(at, at + piece.count))
+            at += piece.count
+        return {name: torch.tensor(each, device=self.loaded.device) for name, each in rows.items()}
 
     def _context(self, batch: Batch, positions: Tensor) -> StepContext:
         size, device = self.cache.block_size, self.loaded.device

@@ -42,6 +42,7 @@ class Sequence:
         priority: lower goes first.
         tenant: those who share the engine fairly.
         salt: prefixes are shared among equal salts only.
+        lora: the adapter that its tokens take, or "" for none; prefixes are shared within one.
         siblings: continuations of the same prompt (`n` > 1) that fork off once it is computed.
         num_computed: tokens whose keys and values lie in `blocks`.
         num_cached: tokens of the prompt that were found in the cache at the first admission.
@@ -59,6 +60,7 @@ class Sequence:
     priority: int = 0
     tenant: str = ""
     salt: str = ""
+    lora: str = ""
     seed: int = 0
     siblings: list[Sequence] = field(default_factory=list)
     num_prompt: int = 0
@@ -116,6 +118,6 @@ class Sequence:
         """The key of the full block of this number in the sequence; tokens never change, so keys are kept."""
         while len(self._keys) <= block:
             at = len(self._keys)
-            before = self._keys[-1] if self._keys else root_key(self.salt)
+            before = self._keys[-1] if self._keys else root_key(f"{self.lora}\0{self.salt}" if self.lora else self.salt)
             self._keys.append(next_key(before, self.tokens[at * block_size : (at + 1) * block_size]))
         return self._keys[block]

@@ -1,6 +1,6 @@
 """Linear layers of 4-bit weights through torch's own CPU operator, which is fast with bfloat16 activations only.
 
-Scales are held in bfloat16, as the operator wants them.
+Scales are held in bfloat16, as the operator wants them. Codes are packed some rows at a time: the operator that packs them takes 32-bit integers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 GROUPS = (32, 64, 128, 256)
+ROWS_AT_ONCE = 1024
+"""A multiple of 64, the rows that the operator interleaves."""
 
 
 def why_not(rows: int, columns: int, group: int) -> str | None:
@@ -21,7 +23,7 @@ def why_not(rows: int, columns: int, group: int) -> str | None:
 
 def pack(codes: Tensor, scale: Tensor, zero: Tensor | int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K], scale [N, G] and zero point [N, G] in codes' units, once after loading."""
-    packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(rows.int(), 1) for rows in codes.split(ROWS_AT_ONCE)])
     scale = scale.float()
     offset = (8 - zero) * scale if isinstance(zero, int) else (8 - zero.float()) * scale
     return packed, torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous().bfloat16()

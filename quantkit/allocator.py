@@ -1,4 +1,4 @@
-"""Memory that was freed, given back to the system: the C library keeps it between blocks otherwise, in pieces that the next block does not fit."""
+"""Memory that was freed, given back to the system: the C library keeps it otherwise, in pieces that the next one does not fit."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 CODE = """
 import resource
 from pathlib import Path
-from quantkit.conversion.allocator import give_back
+from quantkit.allocator import give_back
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

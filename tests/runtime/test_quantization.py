@@ -1,0 +1,79 @@
+"""Quantizing while loading: the model that a conversion without data makes, and a refusal where there is nothing to quantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from quantkit.cli.main import cli
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
+from quantkit.errors import UsageError
+from quantkit.models.device import find_device
+from quantkit.runtime.llm import LLM
+from quantkit.runtime.loader import load
+from tests.conversion.conftest import save_tiny
+
+RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {"w4": ("w4a16-mse", ()), "int8": ("w4a16-rtn", (".*=w8a16-channel",))}
+
+
+def tokens(source: Path, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    outputs = LLM(str(source), mode="exact", kv_cache_memory=8 << 20, **options).generate(prompts, max_tokens=12, temperature=0, ignore_eos=True)
+    return [out.completions[0].token_ids for out in outputs]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_model_quantized_at_load_says_what_the_converted_one_says(name: str, reference: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    convert(str(reference), tmp_path / "out", ConvertOptions(recipe=RECIPES[name][0], overrides=RECIPES[name][1]))
+
+    assert tokens(reference, prompts[:8], quantization=name) == tokens(tmp_path / "out", prompts[:8])
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "qwen3_moe": {"hidden_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "gemma2": {"hidden_size": 64},
+}
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_transposed_expert_and_odd_layers_are_held_as_a_conversion_stores_them(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", family=family, **SIZES[family])
+    container = "gptq" if family == "gpt2" else "compressed-tensors"
+    convert(str(folder), tmp_path / "out", ConvertOptions(recipe="w4a16-mse", format=container))
+    cpu = find_device("cpu")
+
+    at_load, converted = (load(str(s), mode="exact", device=cpu, quantization=q) for s, q in ((folder, "w4"), (tmp_path / "out", None)))
+
+    assert at_load.schemes == converted.schemes
+    for each in (at_load, converted):
+        each.model.set_attn_implementation("eager")
+    ids = torch.arange(24)[None]
+    assert torch.equal(at_load.model(input_ids=ids).logits, converted.model(input_ids=ids).logits)
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(peers: Path) -> None:
+    with pytest.raises(UsageError, match=r"is quantized already \(w4a16\); leave --quantization w4 out"):
+        LLM(str(peers / "ct_w4a16_gptq"), quantization="w4")
+
+
+@pytest.mark.parametrize("name", ["fp8", "nf4"])
+def test_quantizations_that_do_not_exist_are_answered_with_those_that_do(name: str) -> None:
+    result = CliRunner().invoke(cli, ["generate", "reference", "--prompt", "x", "--quantization", name])
+
+    assert isinstance(result.exception, UsageError)
+    assert f"unknown quantization {name!r}" in str(result.exception) and "int8, w4" in str(result.exception)
+
+
+def test_int8_mode_says_nearly_what_the_weights_say(reference: Path, prompts: list[list[int]]) -> None:
+    settings = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
+    llms = (LLM(str(reference), mode=mode, quantization="w4", kv_cache_memory=8 << 20) for mode in ("exact", "int8"))
+    exact, int8 = (llm.generate(prompts[:8], **settings) for llm in llms)
+    both = [zip(x.prompt_logprobs[1:], y.prompt_logprobs[1:], strict=True) for x, y in zip(exact, int8, strict=True)]
+    pairs = [(a.logprob, b.logprob) for each in both for a, b in each]
+    a, b = torch.tensor(pairs).T
+    assert 0 < (a - b).abs().mean() < 0.05
