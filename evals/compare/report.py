@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+FEWEST_SEEDS = 3
+"""Fewer calibration draws allow no verdict."""
 Results = list[dict[str, Any]]
 Kls = dict[tuple[str, int, int], torch.Tensor]
 
@@ -46,12 +48,14 @@ def paired_row(ours: str, peer: str, bits: int, kls: Kls) -> str | None:
     difference = torch.stack([(mine[s] - theirs[s]).mean(1) for s in seeds])  # [seeds, rows]
     over_rows = difference.mean(0).std() / difference.shape[1] ** 0.5
     by_seed = difference.mean(1)
-    over_seeds = by_seed.std() / len(seeds) ** 0.5 if len(seeds) > 1 else torch.zeros(())
-    mean, error = by_seed.mean().item(), (over_rows**2 + over_seeds**2).sqrt().item()
-    relative = mean / fmean(kl.mean().item() for kl in theirs.values())
-    verdict = "within error" if abs(mean) <= 2 * error else "better" if mean < 0 else "worse"
+    mean, relative = by_seed.mean().item(), by_seed.mean().item() / fmean(kl.mean().item() for kl in theirs.values())
+    shown, verdict = "–", "too few seeds"
+    if len(seeds) >= FEWEST_SEEDS:
+        over_seeds = by_seed.std() / len(seeds) ** 0.5
+        error = (over_rows**2 + over_seeds**2).sqrt().item()
+        shown, verdict = f"{over_seeds:.5f}", "within error" if abs(mean) <= 2 * error else "better" if mean < 0 else "worse"
     return (
-        f"| {ours} | {peer} | {mean:+.5f} | {over_rows:.5f} | {over_seeds:.5f} | {100 * relative:+.1f} % "
+        f"| {ours} | {peer} | {mean:+.5f} | {over_rows:.5f} | {shown} | {100 * relative:+.1f} % "
         f"| {int((by_seed < 0).sum())} of {len(seeds)} | {verdict} |"
     )
 

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/compare"), help="where conversions are kept")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "compare", help="where conversions are kept")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--redo", default="", metavar="PATTERN", help="methods to run again although nothing changed, as 'quantkit-*'")
     args = parser.parse_args()

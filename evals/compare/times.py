@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 from pathlib import Path
 
 from run import Case, convert, make_methods, make_targets, write_tokens
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/compare-times"))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "compare-times")
     args = parser.parse_args()
     (target,) = (t for t in make_targets() if t.name == args.target)
     methods = {m.name: m for m in make_methods(args)}

@@ -92,8 +92,8 @@ class CheckpointReader:
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of all tensors, headers not counted."""
-        return sum(info.nbytes for info in self._tensors.values())
+        """The bytes of all weight files, headers included."""
+        return sum(file.stat().st_size for file in self.files)
 
     @property
     def metadata(self) -> dict[str, str]:

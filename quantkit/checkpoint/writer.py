@@ -174,6 +174,11 @@ def require_space(folder: Path, num_bytes: int) -> None:
         raise OutputError(f"{folder} needs {_size(num_bytes)} and its disk has {_size(free)} free; free some space or choose another place")
 
 
+def planned_bytes(plan: Sequence[TensorPlan], max_shard_size: int) -> int:
+    """The size of the files that a plan becomes, headers included."""
+    return sum(shard.size for shard in _lay_out(Path(), plan, max_shard_size, {"format": "pt"}))
+
+
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"
 

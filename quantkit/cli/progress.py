@@ -71,7 +71,11 @@ def show_plan(prepared: Prepared) -> None:
         f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, "
         f"{plan.linear_bpw:.3f} bits per weight in quantized layers, {plan.file_bpw:.3f} over the file"
     )
-    results.print("calibrated" if plan.needs_calibration else "needs no calibration data; the model is never built")
+    data = prepared.options.calibration
+    calibrated = f"would be calibrated on up to {data.num_samples} rows of {data.source or 'the built-in mix'}"
+    results.print(calibrated if plan.needs_calibration else "needs no calibration data; the model is never built")
+    for note in plan.notes:
+        results.print(f"note: {note}")
 
 
 def show_report(report: ConversionReport) -> None:
@@ -93,6 +97,8 @@ def show_report(report: ConversionReport) -> None:
     results.print(table)
     if report.calibration:
         results.print(report.calibration)
+    for note in report.notes:
+        results.print(f"note: {note}")
     _show_notes(results, {f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)
 
 

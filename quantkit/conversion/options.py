@@ -41,6 +41,9 @@ class ConvertOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("overrides", "ignore"):
+            if isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} is the string {getattr(self, name)!r}; give a list, as [{getattr(self, name)!r}]")
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; {did_you_mean(self.dtype, DTYPES)}")
         if self.max_shard_size < 1:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.checkpoint.writer import TensorPlan
+from quantkit.checkpoint.writer import TensorPlan, planned_bytes
 from quantkit.conversion.recipe import Recipe, Rule
 from quantkit.core.scheme import Scheme, fit_group, parse_scheme
 from quantkit.errors import FormatError, RecipeError
@@ -42,6 +42,7 @@ class Plan:
         left_alone: matrices of the blocks and the head that keep their type, with the reason.
         tensors: every output tensor in the order of the file.
         carried: dense names copied as they are (cast to `dtype` when one is given).
+        max_shard_size: bytes of one weight file.
     """
 
     format: Format
@@ -51,6 +52,7 @@ class Plan:
     tensors: list[TensorPlan]
     carried: list[str]
     bytes_before: int
+    max_shard_size: int
     bits_of_layers: int = 0
     weights_of_layers: int = 0
     parameters: int = 0
@@ -71,9 +73,10 @@ class Plan:
         by_name = {name: layer.scheme for name, layer in self.layers.items()}
         return by_name | {layer.linear.path: layer.scheme for layer in self.layers.values()}
 
-    @property
+    @cached_property
     def bytes_after(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+        """All weight files, headers included."""
+        return planned_bytes(self.tensors, self.max_shard_size)
 
     @property
     def linear_bpw(self) -> float:
@@ -82,7 +85,7 @@ class Plan:
 
     @property
     def file_bpw(self) -> float:
-        """All bits of the weight files over all parameters."""
+        """All bits of the weight files, headers included, over all parameters."""
         return 8 * self.bytes_after / max(1, self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +100,9 @@ class Plan:
         }  # fmt: skip
 
 
-def make_plan(source: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, format_name: str, dtype: torch.dtype | None = None) -> Plan:
+def make_plan(
+    source: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, format_name: str, *, max_shard_size: int, dtype: torch.dtype | None = None
+) -> Plan:
     """Decide every layer and refuse what cannot be done.
 
     Args:
@@ -110,7 +115,7 @@ def make_plan(source: OpenedCheckpoint, architecture: Architecture, recipe: Reci
     layers, left_alone = _decide(architecture, recipe, source, get_format(format_name))
     fmt = get_format(format_name, (layer.scheme for layer in layers.values()))
     _check_format(fmt, layers)
-    plan = Plan(fmt, layers, left_alone, _ignored_linears(architecture, layers), [], [], source.reader.total_bytes)
+    plan = Plan(fmt, layers, left_alone, _ignored_linears(architecture, layers), [], [], source.reader.total_bytes, max_shard_size)
     model_dtype = dtype or source.dtype
     conv1d = {linear.name for block in architecture.blocks for linear in block.linears if linear.is_transposed}
     for name in _in_file_order(source):

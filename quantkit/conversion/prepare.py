@@ -49,7 +49,9 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     config = load_config(origin.folder, trust_remote_code=options.trust_remote_code)
     architecture = describe(config, opened, trust_remote_code=options.trust_remote_code)
     _require_tensors(architecture, opened, origin)
-    plan = make_plan(opened, architecture, recipe, options.format, DTYPES[options.dtype])
+    plan = make_plan(opened, architecture, recipe, options.format, max_shard_size=options.max_shard_size, dtype=DTYPES[options.dtype])
+    if options.calibration.source is not None and not plan.needs_calibration:
+        plan.notes.append(f"recipe {recipe.name} needs no calibration, so {options.calibration.source} is not read")
     return Prepared(origin, opened, architecture, recipe, plan, options, device)
 
 

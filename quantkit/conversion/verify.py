@@ -109,7 +109,10 @@ def _check_structure(opened: OpenedCheckpoint, source: OpenedCheckpoint | None, 
     result.add("architecture", missing_parameters(opened, architecture), f"every parameter of {type(architecture.model).__name__} is there")
     unknown = [name for name in unknown_tensors(opened, architecture) if source is None or name not in source]
     words = f"{len(unknown)} that the model has no place for: {', '.join(unknown[:3])}" if unknown else "no tensor too many"
-    result.add("extra tensors", [f"{name} is neither in the model nor in the original" for name in unknown] if source else [], words)
+    problems = [f"{name} is neither in the model nor in the original" for name in unknown] if source else []
+    owners = {name: opened.schemes.get(name.rpartition(".")[0]) for name in unknown}
+    problems += [f"{name} belongs to no {scheme.name} layer" for name, scheme in owners.items() if scheme is not None]
+    result.add("extra tensors", problems, words)
     num_parts = sum(len(opened.parts(module)) for module in opened.schemes)
     result.add("layer tensors", wrong_parts(opened), f"{num_parts} tensors of {len(opened.schemes)} quantized layers have their types and shapes")
     result.add("config", config_problems(opened, architecture), _config_words(opened))

@@ -90,7 +90,7 @@ def _read_texts(path: Path) -> list[str]:
         raise UsageError(f"no text file {path}")
     try:
         text = path.read_text(encoding="utf-8")
-        texts = [json.loads(line)["text"] for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else [text]
+        texts = [json.loads(line)["text"] for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else [text]
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error}") from error
     except (ValueError, KeyError, TypeError) as error:

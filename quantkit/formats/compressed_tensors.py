@@ -150,10 +150,27 @@ def _scheme_of(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
     if strategy not in ("group", "channel"):
         raise FormatError(f"compressed-tensors strategy {strategy!r} is not read yet; quantkit reads group and channel")
+    activations = group.get("input_activations")
     if layout == _INT:
+        _require_w8a8(weights, activations, strategy)
         return Scheme("w8a8-int8", QuantSpec(8, CHANNEL), ActivationSpec())
+    if activations is not None:
+        kind = f"{activations.get('num_bits')}-bit {activations.get('type')}"
+        raise FormatError(f"compressed-tensors {_PACKED} weights with {kind} activations are not read yet; quantkit reads them without")
     suffix = "-channel" if strategy == "channel" else f"-g{weights['group_size']}"
     return parse_scheme(f"w{weights['num_bits']}a16{'' if weights.get('symmetric', True) else '-asym'}{suffix}")
+
+
+def _require_w8a8(weights: Mapping[str, Any], activations: Mapping[str, Any] | None, strategy: str) -> None:
+    """Raises FormatError for the int-quantized layers that are something else: their tensors would be read with another meaning."""
+    read = "quantkit reads 8-bit symmetric weights per channel with 8-bit symmetric dynamic activations per token"
+    if weights.get("num_bits") != 8 or not weights.get("symmetric", True) or strategy != "channel":
+        kind = f"{weights.get('num_bits')}-bit {'symmetric' if weights.get('symmetric', True) else 'asymmetric'} weights per {strategy}"
+        raise FormatError(f"compressed-tensors {_INT} with {kind} is not read yet; {read}")
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if activations is None or any(activations.get(name, value) != value for name, value in wanted.items()):
+        given = "no activations quantized" if activations is None else ", ".join(f"{name} {activations.get(name)}" for name in wanted)
+        raise FormatError(f"compressed-tensors {_INT} with {given} is not read yet; {read}")
 
 
 def _part(parts: Mapping[str, Tensor], name: str) -> Tensor:

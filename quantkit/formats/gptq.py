@@ -109,8 +109,15 @@ class GPTQ:
 
 
 def labelled(config: Mapping[str, Any]) -> GPTQ:
-    """The GPTQ format whose zero points are those of a checkpoint with this quantization_config."""
-    return GPTQ(zero_offset=0 if config.get("checkpoint_format", config.get("format")) == "gptq_v2" else 1)
+    """The GPTQ format whose zero points are those of a checkpoint with this quantization_config.
+
+    Raises:
+        FormatError: its codes or zero points are laid out in a third way.
+    """
+    label = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if label not in ("gptq", "gptq_v2"):
+        raise FormatError(f"GPTQ checkpoint_format {label!r} is not read yet; quantkit reads gptq and gptq_v2")
+    return GPTQ(zero_offset=0 if label == "gptq_v2" else 1)
 
 
 def _with_fused(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:

@@ -183,7 +183,7 @@ def _summary(
         layers=layers,
         unquantized=tuple(TensorSummary(info.name, info.shape, _short(info.dtype), info.nbytes) for info in infos),
         parameters=parameters,
-        file_bytes=sum(file.stat().st_size for file in reader.files),
+        file_bytes=reader.total_bytes,
         num_files=len(reader.files),
         is_tied=_is_tied(reader),
         notes=notes,

@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 
 from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.plan import Plan
 from quantkit.conversion.prepare import plan_conversion
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, UsageError
 from tests.conversion.conftest import save_tiny
 from tests.models.test_families import FAMILIES as MORE
 from tests.models.test_families import save_random as save_family
@@ -82,7 +83,7 @@ def test_every_tensor_is_written_as_planned(format_name: str, stored: torch.dtyp
     assert written == {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
     carried = {name: kind for name, (kind, _) in written.items() if name in plan.carried}
     assert set(carried.values()) == {stored if dtype == "auto" else getattr(torch, dtype)}
-    assert report.bytes_after == sum(torch.Size(shape).numel() * kind.itemsize for kind, shape in written.values())
+    assert report.bytes_after == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
 def test_bits_per_weight_count_everything_that_is_stored(tiny: Path) -> None:
@@ -160,3 +161,23 @@ def test_layers_are_listed_by_both_names_where_the_file_and_the_module_tree_diff
     config = plan.format.config(plan.schemes, plan.ignored)
     targets = {target for group in config["config_groups"].values() for target in group["targets"]}
     assert len(config["config_groups"]) > 1 and targets >= renamed.keys() | set(renamed.values())
+
+
+@pytest.mark.parametrize("name", ["ignore", "overrides"])
+def test_a_string_where_a_list_is_meant_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"{name} is the string 'layers'; give a list"):
+        ConvertOptions(**{name: "layers"})
+
+
+def test_calibration_data_that_nothing_reads_is_said(stories: Path) -> None:
+    plan = plan_conversion(str(stories), ConvertOptions(recipe="w4a16-rtn", calibration=CalibrationOptions("mine.txt"))).plan
+
+    assert plan.notes == ["recipe w4a16-rtn needs no calibration, so mine.txt is not read"]
+
+
+def test_planned_bytes_are_those_of_the_files(stories: Path, tmp_path: Path) -> None:
+    options = ConvertOptions(recipe="w4a16-rtn", max_shard_size=100_000)
+    report = convert(str(stories), tmp_path / "out", options)
+
+    assert plan_conversion(str(stories), options).plan.bytes_after == report.bytes_after == CheckpointReader(tmp_path / "out").total_bytes
+    assert report.bytes_before == CheckpointReader(stories).total_bytes

@@ -189,3 +189,11 @@ def test_square_conv1d_weights_are_turned_the_right_way(tmp_path: Path) -> None:
     assert "layer errors" not in failed(result), failed(result)
     assert max(result.layer_errors.values()) < 1e-3
     assert divergence.kl_mean < 1e-4
+
+
+def test_an_unknown_part_of_a_quantized_layer_fails_without_an_original_too(peers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(peers / "ct_w4a16_gptq", tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {f"{Q}.weight_odd": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    assert f"{Q}.weight_odd belongs to no w4a16 layer" in failed(verify(folder, options=QUICK))["extra tensors"]

@@ -68,6 +68,13 @@ def test_the_built_in_text_fills_rows(tokenizer: object) -> None:
     assert rows_of_text(default_text(), tokenizer, context=512, max_tokens=1000).input_ids.shape == (2, 512)
 
 
+def test_a_line_separator_inside_a_text_is_part_of_it(tokenizer: object, tmp_path: Path) -> None:
+    text = "One day\u2028a dog"
+    path = text_file(tmp_path, json.dumps({"text": text}, ensure_ascii=False), "texts.jsonl")
+
+    assert rows_of_text(path, tokenizer, context=512).input_ids[0].tolist() == tokenizer(text)["input_ids"]
+
+
 UNREADABLE = [("", "a.txt", "is empty"), ("{}", "a.jsonl", "`text`"), ("nope", "a.jsonl", "JSON lines"), (None, "a.txt", "no text file")]
 
 
