@@ -46,4 +46,4 @@ def num_held_out(num_samples: int) -> int:
 
 def account(rows: CalibrationSet, options: ConvertOptions) -> str:
     calibration, held_out = split_rows(rows, options)
-    return calibration.report.summary() + (f"; {len(held_out.input_ids)} more rows held out to measure on" if held_out else "")
+    return calibration.report.summary() + (f"; held out to measure on: {len(held_out.input_ids)} more" if held_out else "")

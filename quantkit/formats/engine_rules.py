@@ -70,7 +70,7 @@ def one_scheme(stored: Stored) -> str | None:
 
 def symmetric(stored: Stored) -> str | None:
     asymmetric = [layer.name for layer in stored.layers if layer.scheme.weight and not layer.scheme.weight.symmetric]
-    return f"reads symmetric weights only; {_some(asymmetric)} asymmetric" if asymmetric else None
+    return f"reads symmetric weights only; {_some(asymmetric)} zero points" if asymmetric else None
 
 
 def only_groups(*allowed: int) -> Rule:
@@ -158,14 +158,14 @@ def scales_are_cast(stored: Stored) -> str | None:
 def marlin_pads(stored: Stored) -> str | None:
     """A note on speed."""
     ragged = [layer.name for layer in stored.layers if layer.shape[0] % 64 or layer.shape[1] % 128]
-    return f"Marlin kernels work in tiles of 64 x 128; {_some(ragged)} of another shape and padded" if ragged else None
+    return f"Marlin kernels work in tiles of 64 x 128; {_some(ragged)} another shape and run padded" if ragged else None
 
 
 def marlin_only(stored: Stored) -> str | None:
     """A note on speed."""
     specs = [(layer.name, layer.scheme.weight) for layer in stored.layers if layer.scheme.weight]
     slow = [name for name, spec in specs if spec.bits not in (4, 8) or not spec.symmetric]
-    return f"fast (Marlin) kernels are for 4 and 8-bit symmetric weights; {_some(slow)} not" if slow else None
+    return f"fast (Marlin) kernels are for 4 and 8-bit symmetric weights; {_some(slow)} others" if slow else None
 
 
 def unread_here(stored: Stored) -> str | None:

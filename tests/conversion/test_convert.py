@@ -417,7 +417,7 @@ def test_a_token_file_gives_the_rows_that_were_asked_for(
 
     assert {layer.seen_tokens for layer in report.layers} == {calibrated * 64}
     assert f"{calibrated} rows x 64 tokens" in report.calibration
-    assert (report.divergence is not None) == bool(held_out) and ("1 more rows held out" in report.calibration) == bool(held_out)
+    assert (report.divergence is not None) == bool(held_out) and ("held out to measure on: 1 more" in report.calibration) == bool(held_out)
 
 
 def test_no_warning_reaches_the_user(stories: Path, tmp_path: Path, options: Options) -> None:
