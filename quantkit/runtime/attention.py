@@ -5,6 +5,7 @@ A step's metadata is put where the attention function finds it; the function sto
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from quantkit import ops
-from quantkit.errors import SourceError
+from quantkit.errors import QuantkitError, SourceError
 from quantkit.runtime.kv_cache import KVCache, LayerShape
 
 NAME = "quantkit_paged"
@@ -46,19 +47,40 @@ class _Probe:
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
 
+    def note(self, module: nn.Module, keys: Tensor, value_width: int, mask: Tensor | None, others: dict[str, Any]) -> None:
+        """Raises SourceError where the layer's attention is more than keys and values of its own in order."""
+        kind, layer = type(module).__name__, module.layer_idx
+        given = [name for name in ("position_bias", "indices", "block_indices") if others.get(name) is not None]
+        reason = (
+            "attends twice in one layer" if layer in self.shapes
+            else "makes a mask of its own" if mask is not None
+            else f"attends by {', '.join(given)}" if given
+            else "looks at later tokens" if getattr(module, "is_causal", True) is False
+            else "has values wider than keys" if value_width > keys.shape[2]
+            else None
+        )  # fmt: skip
+        if reason is not None:
+            raise SourceError(f"{kind} {reason}, which the paged cache does not hold; this model cannot be run by this runtime yet")
+        self.shapes[layer] = LayerShape(keys.shape[1], keys.shape[2])
 
-_current: StepContext | _Probe | None = None
+
+class _Current(threading.local):
+    """Each thread's own step: engines may run side by side."""
+
+    step: StepContext | _Probe | None = None
+
+
+_current = _Current()
 
 
 @contextmanager
 def step(context: StepContext | _Probe) -> Iterator[None]:
     """Attention within the body belongs to this step."""
-    global _current
-    _current = context
+    _current.step = context
     try:
         yield
     finally:
-        _current = None
+        _current.step = None
 
 
 def probe_layers(model: nn.Module, num_tokens: int = 2) -> list[LayerShape]:
@@ -71,7 +93,13 @@ def probe_layers(model: nn.Module, num_tokens: int = 2) -> list[LayerShape]:
     device = next(model.parameters()).device
     with step(probe), torch.inference_mode():
         tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
-        model(input_ids=tokens, position_ids=torch.arange(num_tokens, device=device)[None], use_cache=False)
+        try:
+            model(input_ids=tokens, position_ids=torch.arange(num_tokens, device=device)[None], use_cache=False)
+        except QuantkitError:
+            raise
+        except Exception as error:  # modeling code that looks into linears or caches that are not as it knows them
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise SourceError(f"{type(model).__name__} cannot be run by this runtime yet: {reason}") from error
     layers = model.config.get_text_config().num_hidden_layers
     if sorted(probe.shapes) != list(range(layers)):
         reason = f"{len(probe.shapes)} of its {layers} layers keep keys and values that can be paged"
@@ -81,7 +109,7 @@ def probe_layers(model: nn.Module, num_tokens: int = 2) -> list[LayerShape]:
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """As transformers calls it: query [1, heads, T, dim], key and value [1, kv_heads, T, dim]; answers [1, T, heads, dim]."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -89,14 +117,15 @@ def _attend(
     if width < q.shape[-1]:
         v = functional.pad(v, (0, q.shape[-1] - width))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(_current, _Probe):
-        _current.shapes[module.layer_idx] = LayerShape(k.shape[1], k.shape[2])
+    context = _current.step
+    if isinstance(context, _Probe):
+        context.note(module, k, width, attention_mask, others)
         return torch.zeros(1, *q.shape[:2], width, dtype=q.dtype, device=q.device), None
-    assert _current is not None, "attention outside a step"
-    layer = _current.cache.layers[module.layer_idx]
-    ops.store_kv(layer.k, layer.v, k, v, _current.slots, layer.k_scale, layer.v_scale)
+    assert context is not None, "attention outside a step"
+    layer = context.cache.layers[module.layer_idx]
+    ops.store_kv(layer.k, layer.v, k, v, context.slots, layer.k_scale, layer.v_scale)
     found = ops.paged_attention(
-        q, layer.k, layer.v, layer.k_scale, layer.v_scale, _current.tables, _current.sequence, _current.position,
+        q, layer.k, layer.v, layer.k_scale, layer.v_scale, context.tables, context.sequence, context.position,
         scale=scale, window=sliding_window or 0, softcap=softcap or 0.0, sinks=s_aux,
     )  # fmt: skip
     return found[None, ..., :width], None

@@ -35,10 +35,12 @@ class TextStream:
         """Everything that has been shown."""
         return self._raw[: self._shown]
 
-    def push(self, token: int) -> str:
-        """The text that is certain now."""
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """The text that is certain now; where it may not stop yet, stop strings are text like any other."""
         self._ids.append(token)
         self._raw += self._decoded(token)
+        if not may_stop:
+            return self._show(len(self._raw))
         self._look_for_stop()
         return self._show(len(self._raw) - (0 if self.stopped_by else self._held()))
 

@@ -24,8 +24,9 @@ from quantkit.runtime.lora import attach
 from quantkit.runtime.matcher import Compiler, Matcher
 from quantkit.runtime.options import NGRAM, EngineOptions
 from quantkit.runtime.outputs import Completion, RequestOutput
+from quantkit.runtime.rope import freeze
 from quantkit.runtime.runner import Runner, Wanted
-from quantkit.runtime.sampler import Sampled, SampleRequest, token_logprobs
+from quantkit.runtime.sampler import LOGPROBS_BYTES, Sampled, SampleRequest, token_logprobs
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.scheduler import Piece, Scheduler, SchedulerConfig
 from quantkit.runtime.sequence import FinishReason, Sequence
@@ -85,6 +86,7 @@ class Engine:
         attach(self.loaded, options.lora, options.mode)
         self.tokenizer = tokenizer_of(self.loaded, options)
         self.context = context_of(self.loaded, options)
+        freeze(self.loaded.model, self.context)
         self.eos = end_of_text(self.loaded, self.tokenizer)
         draft = load_draft(self.loaded, self.tokenizer, options)
         layouts = [layout_of(model, options) for model in (self.loaded, draft) if model is not None]
@@ -93,7 +95,8 @@ class Engine:
         self.proposer: Proposer | None = NGram(options.num_draft_tokens) if options.speculation == NGRAM else None
         if draft is not None:
             self.proposer = DraftModel(draft, draft_cache[0], eos=self.eos, width=self.loaded.vocabulary, options=options)
-        limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting)
+        scored = max(1, LOGPROBS_BYTES // (4 * self.loaded.vocabulary))
+        limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting, scored)
         self.scheduler = Scheduler(BlockPool(num_blocks, options.block_size, caching=options.prefix_caching), limits)
         self.runner = Runner(self.loaded, self.cache, limits)
         self.stats = EngineStats()
@@ -195,7 +198,11 @@ class Engine:
         if not batch.pieces:
             return []
         self.stats.num_steps += 1
-        logits, wanted = self.runner.forward(batch)
+        try:
+            logits, wanted = self.runner.forward(batch)
+        except BaseException:
+            self.scheduler.give_back(batch)  # what was to be copied or computed was not
+            raise
         for each in wanted:
             self._keep_prompt_logprobs(each, logits)
         chosen = choose(logits, [each for each in wanted if each.piece.reaches_end], self._request, drafts)
@@ -249,8 +256,8 @@ class Engine:
             self._end(sequence, tracked, index, "stop")
             return
         if stream is not None:
-            self._show(tracked, index, stream.push(chosen.token))
-            if stream.stopped_by is not None and may_stop:
+            self._show(tracked, index, stream.push(chosen.token, may_stop=may_stop))
+            if stream.stopped_by is not None:
                 completion.stop_reason = stream.stopped_by
                 self._end(sequence, tracked, index, "stop")
                 return
@@ -300,11 +307,14 @@ class Engine:
         piece, sequence = wanted.piece, wanted.piece.sequence
         tracked, index = self._request_of[sequence.id]
         kept = tracked.output.prompt_logprobs
-        if kept is None or index or len(kept) >= sequence.num_prompt or piece.start + 1 < len(kept):
+        if kept is None or index or len(kept) >= sequence.num_prompt:
             return
-        targets = sequence.tokens[piece.start + 1 : min(piece.end + 1, sequence.num_prompt)]
+        first = len(kept)  # a preempted prompt is computed again from its beginning
+        targets = sequence.tokens[first : min(piece.end + 1, sequence.num_prompt)]
         if targets:
-            rows = logits[wanted.rows][: len(targets)]
+            start = first - piece.start - 1
+            assert start >= 0, "log-probabilities of the prompt have a gap"
+            rows = logits[wanted.rows][start : start + len(targets)]
             kept += token_logprobs(rows, torch.tensor(targets, device=rows.device), sequence.params.prompt_logprobs or 0)
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from itertools import count
 from typing import Any
 
-from quantkit.errors import RequestError, UsageError, did_you_mean
+from quantkit.errors import EngineError, RequestError, UsageError, did_you_mean
 from quantkit.runtime.beam_search import Beam, beam_search
 from quantkit.runtime.detokenizer import TextStream
 from quantkit.runtime.engine import Engine
@@ -64,13 +64,23 @@ class LLM:
         return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Iterator[str]:
-        """The first continuation of a prompt, piece by piece; leaving the iterator cancels the request."""
+        """The first continuation of a prompt, piece by piece; leaving the iterator cancels the request.
+
+        Raises:
+            RequestError: the prompt or a parameter cannot be served.
+            EngineError: the request failed on its way, such as by logits that are not finite.
+        """
         output = self.engine.add(prompt, _params(params, settings), request_id=f"request-{next(self._ids)}")
+        first, shown = output.completions[0], 0
         try:
-            while not output.is_finished:
-                for changed, new in self.engine.step():
-                    if changed is output and new.get(0):
-                        yield new[0]
+            while not output.is_finished or shown < len(first.text):
+                if not output.is_finished:
+                    self.engine.step()
+                if len(first.text) > shown:  # steps taken for others bring this one forward too
+                    new, shown = first.text[shown:], len(first.text)
+                    yield new
+            if first.error:
+                raise EngineError(first.error)
         finally:
             self.engine.cancel(output.id)
 
@@ -118,6 +128,8 @@ def _params(params: SamplingParams | None, settings: dict[str, Any]) -> Sampling
     for name in ("stop", "bad_words"):
         if name in settings:
             settings[name] = (settings[name],) if isinstance(settings[name], str) else tuple(settings[name])
+    if "bad_words" in settings:
+        settings["bad_words"] = tuple(words if isinstance(words, str) else tuple(words) for words in settings["bad_words"])
     if "stop_token_ids" in settings:
         settings["stop_token_ids"] = frozenset(settings["stop_token_ids"])
     return params or SamplingParams(**settings)

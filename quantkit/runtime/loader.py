@@ -118,7 +118,7 @@ def _fill(weights: _Weights) -> None:
     routers = {path for block in architecture.blocks for path, why in block.left_alone.items() if why == "router of experts"}
     tied = []
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D):
+        if type(module) in (nn.Linear, Conv1D):  # a class derived from them may do more than multiply
             if stored.owner(f"{path}.weight") != f"{path}.weight":
                 tied.append(path)
             else:
@@ -133,16 +133,21 @@ def _fill(weights: _Weights) -> None:
                 set_module_tensor_to_device(model, name, device, value=value, dtype=dtype if parameter.is_floating_point() else parameter.dtype)
     for path in tied:
         weight = model.get_parameter(stored.owner(f"{path}.weight")).data
-        model.set_submodule(path, PackedLinear(ops.dense_linear(weight, mode), None, tuple(weight.shape)))
+        bias = _bias(path, model.get_submodule(path), weights)
+        model.set_submodule(path, PackedLinear(ops.dense_linear(weight, mode), bias, tuple(weight.shape)))
     model.to(device)
     embedding.register_forward_hook(lambda module, inputs, output: output.float())
+
+
+def _bias(path: str, module: nn.Module, weights: _Weights) -> Tensor | None:
+    has_bias = getattr(module, "bias", None) is not None
+    return _read(f"{path}.bias", tuple(module.bias.shape), weights).float().to(weights.device) if has_bias else None
 
 
 def _packed(path: str, module: nn.Module, weights: _Weights, mode: ops.Mode) -> PackedLinear:
     rows, columns = module.weight.shape
     shape = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
-    has_bias = getattr(module, "bias", None) is not None
-    bias = _read(f"{path}.bias", tuple(module.bias.shape), weights).float().to(weights.device) if has_bias else None
+    bias = _bias(path, module, weights)
     name = weights.architecture.stored.find(f"{path}.weight")
     scheme = weights.opened.schemes.get(name.removesuffix(".weight")) if name else None
     if scheme is not None and name is not None:

@@ -48,7 +48,8 @@ def change(scores: Tensor, request: SampleRequest) -> None:
     if request.allowed is not None:
         scores.masked_fill_(~request.allowed.to(scores.device), -torch.inf)
     if params.logit_bias:
-        scores[_ids(params.logit_bias, scores)] += torch.tensor(list(params.logit_bias.values()), device=scores.device)
+        ids = _ids(params.logit_bias, scores)
+        scores[ids] += torch.tensor([params.logit_bias[token] for token in ids.tolist()], device=scores.device)
     if request.is_ending_barred:
         scores[_ids(request.eos | params.stop_token_ids, scores)] = -torch.inf
     if params.bad_words:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,18 +28,23 @@ Rows = Mapping[str, Tensor]
 
 _NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 _UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alpha_pattern", "layer_replication", "trainable_token_indices", "target_parameters")
-_rows: Rows = {}
+class _Current(threading.local):
+    """Each thread's own step."""
+
+    rows: Rows = {}  # noqa: RUF012
+
+
+_current = _Current()
 
 
 @contextmanager
 def rows_of_adapters(rows: Rows) -> Iterator[None]:
     """Linears run within the body add these adapters to these tokens."""
-    global _rows
-    _rows = rows
+    _current.rows = rows
     try:
         yield
     finally:
-        _rows = {}
+        _current.rows = {}
 
 
 class AdaptedLinear(nn.Module):
@@ -51,7 +57,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
-        for name, rows in _rows.items():
+        for name, rows in _current.rows.items():
             if name in self.adapters:
                 down, up = self.adapters[name]
                 tokens = x.reshape(-1, x.shape[-1])[rows]

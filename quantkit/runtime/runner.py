@@ -43,7 +43,7 @@ class Runner:
         rows, wanted = [], []
         at = 0
         for piece in batch.pieces:
-            first = at if piece.sequence.params.prompt_logprobs is not None else at + max(0, len(piece.sequence.tokens) - 1 - piece.start)
+            first = at if piece.sequence.is_scored else at + max(0, len(piece.sequence.tokens) - 1 - piece.start)
             chosen = range(first, at + piece.count)
             if chosen:
                 wanted.append(Wanted(piece, slice(len(rows), len(rows) + len(chosen))))

@@ -61,20 +61,24 @@ class SamplingParams:
     structure: Structure | None = None
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, None, optional=True)
-        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _within("max_tokens", self.max_tokens, 1, None, optional=True, whole=True)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
         _within("temperature", self.temperature, 0, 100)
-        _within("top_k", self.top_k, 0, None)
+        _within("top_k", self.top_k, 0, None, whole=True)
         _within("top_p", self.top_p, 0, 1, above=True)
         _within("min_p", self.min_p, 0, 1)
         _within("typical_p", self.typical_p, 0, 1, above=True)
         _within("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
-        _within("n", self.n, 1, MAX_N)
-        _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
-        _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
-        _within("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
+        _within("n", self.n, 1, MAX_N, whole=True)
+        _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
+        _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
+        _within("seed", self.seed, -(2**63), 2**63 - 1, optional=True, whole=True)
+        ids = [*self.logit_bias, *self.stop_token_ids, *(token for words in self.bad_words for token in words)]
+        odd = next((token for token in ids if type(token) is not int), None)
+        if odd is not None:
+            raise RequestError(f"{odd!r} is no token id; logit_bias, stop_token_ids and bad_words take whole numbers")
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -100, 100)
         if len(self.stop) > MAX_STOPS:
@@ -93,11 +97,14 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def _within(name: str, value: float | None, low: float, high: float | None, *, optional: bool = False, above: bool = False) -> None:
-    """Raises RequestError unless the value is a number of the range; `above` leaves out the lower end."""
+def _within(
+    name: str, value: float | None, low: float, high: float | None, *, optional: bool = False, above: bool = False, whole: bool = False
+) -> None:
+    """Raises RequestError unless the value is a number, a whole one where asked, of the range; `above` leaves out the lower end."""
     if value is None and optional:
         return
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value < low or (above and value == low) or (high is not None and value > high):
         start = f"above {low:g}" if above else f"at least {low:g}"
-        raise RequestError(f"{name} is {value!r}; give a number of {start}{f' and at most {high:g}' if high is not None else ''}")
+        end = f" and at most {high:g}" if high is not None else ""
+        raise RequestError(f"{name} is {value!r}; give a {'whole ' if whole else ''}number of {start}{end}")

@@ -25,6 +25,7 @@ class SchedulerConfig:
         max_chunk: tokens of one sequence in one step; None for the whole budget.
         context: tokens a sequence may have in all.
         max_waiting: requests that may queue; None for no bound.
+        max_scored: tokens of prompts whose log-probabilities are wanted, in one step over all sequences: each takes a row of the vocabulary.
     """
 
     max_tokens: int = 2048
@@ -32,6 +33,7 @@ class SchedulerConfig:
     max_chunk: int | None = None
     context: int = 1 << 20
     max_waiting: int | None = None
+    max_scored: int = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,12 @@ class Scheduler:
         self._remember(sequence)
         return self._fork(sequence) if sequence.siblings and reached_end else []
 
+    def give_back(self, batch: Batch) -> None:
+        """A batch was not computed: its sequences wait again and are computed from their beginnings."""
+        for piece in batch.pieces:
+            if piece.sequence.is_running:
+                self._preempt(piece.sequence, batch)
+
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence wherever it is, and its siblings that have not forked yet with it where it is cancelled or failed."""
         if sequence.is_finished:
@@ -183,11 +191,13 @@ class Scheduler:
         return sequence.num_prompt + (sequence.params.max_tokens or 1)
 
     def _schedule_running(self, sequence: Sequence, budget: int, batch: Batch) -> int:
-        count = self._chunk(sequence, budget)
+        count = self._chunk(sequence, budget, batch)
+        if count == 0:
+            return 0
         while not self._allocate(sequence, count, batch):
             if sequence.draft:  # guesses push nobody out
                 sequence.draft = []
-                count = self._chunk(sequence, budget)
+                count = self._chunk(sequence, budget, batch)
                 continue
             victim = self.running[-1]
             self._preempt(victim, batch)
@@ -201,6 +211,8 @@ class Scheduler:
         while budget > 0 and (sequence := self.waiting.head(self.step)) is not None:
             if len(self.running) + 1 + len(sequence.siblings) + self._expected() > self.config.max_sequences:
                 break
+            if self._chunk(sequence, budget, batch) == 0:
+                break
             prefix = self._find_prefix(sequence)
             for block in prefix:
                 self.pool.hold(block)
@@ -213,7 +225,7 @@ class Scheduler:
                 sequence.num_cached = sequence.num_computed
             sequence.num_remembered = len(prefix)
             self._run(sequence)
-            count = self._chunk(sequence, budget)
+            count = self._chunk(sequence, budget, batch)
             allocated = self._allocate(sequence, count, batch)
             assert allocated
             batch.pieces.append(Piece(sequence, sequence.num_computed, count))
@@ -223,8 +235,12 @@ class Scheduler:
         """Places that siblings of running sequences will take."""
         return sum(len(s.siblings) for s in self.running)
 
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        return min(sequence.num_wanted, budget, self.config.max_chunk or budget)
+    def _chunk(self, sequence: Sequence, budget: int, batch: Batch) -> int:
+        """How many of its tokens the step takes; 0 where a prompt is to be scored and the step has scored as many as it may."""
+        count = min(sequence.num_wanted, budget, self.config.max_chunk or budget)
+        if not sequence.is_scored:
+            return count
+        return min(count, self.config.max_scored - sum(piece.count for piece in batch.pieces if piece.sequence.is_scored))
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of the sequence's beginning; the last token is always computed, as its logits are wanted."""

@@ -114,10 +114,15 @@ class Sequence:
         """Log-probabilities of the prompt need every position computed."""
         return self.params.prompt_logprobs is None
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether every token that is computed now wants its log-probability."""
+        return self.params.prompt_logprobs is not None and self.num_computed < self.num_prompt
+
     def key_of(self, block: int, block_size: int) -> bytes:
         """The key of the full block of this number in the sequence; tokens never change, so keys are kept."""
         while len(self._keys) <= block:
             at = len(self._keys)
-            before = self._keys[-1] if self._keys else root_key(f"{self.lora}\0{self.salt}" if self.lora else self.salt)
+            before = self._keys[-1] if self._keys else root_key(f"{len(self.lora)} {self.lora}{self.salt}")
             self._keys.append(next_key(before, self.tokens[at * block_size : (at + 1) * block_size]))
         return self._keys[block]

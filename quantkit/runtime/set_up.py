@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from quantkit.runtime.attention import probe_layers
 from quantkit.runtime.kv_cache import CacheLayout, kv_dtype
 from quantkit.runtime.loader import LoadedModel, load
 from quantkit.runtime.options import NGRAM, EngineOptions
+from quantkit.runtime.rope import freeze
 from quantkit.runtime.speculation import require_same_tokens
 
 _log = logging.getLogger("quantkit")
@@ -66,6 +69,7 @@ def load_draft(target: LoadedModel, tokenizer: Any, options: EngineOptions) -> L
     if options.speculation in (None, NGRAM):
         return None
     draft = load(options.speculation, mode=options.mode, device=target.device, trust_remote_code=options.trust_remote_code)
+    freeze(draft.model, draft.context)
     require_same_tokens(target, draft, (tokenizer, tokenizer_of(draft, options)))
     return draft
 
@@ -88,4 +92,21 @@ def num_blocks_of(options: EngineOptions, context: int, block_bytes: int, device
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.9)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return min(_available_memory(), _allowed_memory()) // 4
+
+
+def _available_memory() -> int:
+    """What the system could give, file caches included."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if found is None else found
+
+
+def _allowed_memory() -> int:
+    """What a container's limit leaves, where there is one."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no limit reads "max"
+        return sys.maxsize

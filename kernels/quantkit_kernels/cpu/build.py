@@ -35,7 +35,11 @@ def library(name: str) -> ctypes.CDLL | None:
         if reason:
             _log.warning("%s could not be compiled, so it runs on torch's operators, which are slower: %s", name, reason)
             return None
-    return ctypes.CDLL(str(built))
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        _log.warning("%s was compiled and cannot be loaded, so it runs on torch's operators, which are slower: %s", name, error)
+        return None
 
 
 def _cache() -> Path:
