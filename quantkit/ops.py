@@ -83,12 +83,19 @@ def require_mode(mode: Mode, device: torch.device) -> None:
         raise UsageError(f"mode 'int8' cannot be used here: {reason}; use 'fast' or 'exact'")
 
 
+def why_not_native_attention(device: torch.device, head_dim: int, block_size: int, heads: int, kv_heads: int, dtype: torch.dtype) -> str | None:
+    """Why attention of these sizes runs on the reference operators, or None when a native kernel takes it."""
+    if device.type != "cpu":
+        return "no kernel for this device yet"
+    return cpu_attention.why_not(head_dim, block_size, heads, kv_heads, dtype)
+
+
 def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, tables: Tensor, sequence: Tensor, position: Tensor,
     *, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `quantkit_kernels.reference.paged_attention`."""
-    is_native = q.device.type == "cpu" and cpu_attention.why_not(q.shape[2], k.shape[3], q.shape[1], k.shape[1], k.dtype) is None
+    is_native = why_not_native_attention(q.device, q.shape[2], k.shape[3], q.shape[1], k.shape[1], k.dtype) is None
     attention = cpu_attention.paged_attention if is_native else reference.paged_attention
     found = attention(
         q.float(), k, v, k_scale, v_scale, tables, sequence, position,

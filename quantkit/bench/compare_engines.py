@@ -54,7 +54,8 @@ def compare(
             dtype = torch.bfloat16 if mode == "fast" else torch.float32
             for count in requests:
                 prompts = make_prompts(count, num_prompt, vocabulary)
-                yield _row(f"transformers generate, {str(dtype)[6:]}", transformers_peer.throughput(dense, prompts, num_output, dtype=dtype))
+                found = transformers_peer.throughput(dense, prompts, num_output, dtype=dtype)
+                yield _row(f"transformers generate, one by one, {str(dtype)[6:]}", found)
         if tools:
             yield from _llama_cpp(LlamaCpp(tools, threads), dense, Path(folder), requests, num_prompt, num_output, vocabulary)
 

@@ -14,11 +14,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quantkit import ops
 from quantkit.errors import RequestError, did_you_mean
 from quantkit.models.device import find_device
 from quantkit.runtime.block_pool import BlockPool
 from quantkit.runtime.choosing import choose
 from quantkit.runtime.detokenizer import TextStream
+from quantkit.runtime.kv_cache import LayerShape
 from quantkit.runtime.loader import load
 from quantkit.runtime.lora import attach
 from quantkit.runtime.matcher import Compiler, Matcher
@@ -99,6 +101,7 @@ class Engine:
         limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting, scored)
         self.scheduler = Scheduler(BlockPool(num_blocks, options.block_size, caching=options.prefix_caching), limits)
         self.runner = Runner(self.loaded, self.cache, limits)
+        self._warn_of_attention(dtype=layouts[0].dtype, layers=layouts[0].shapes)
         self.stats = EngineStats()
         self._random = random.Random(options.seed)
         self._requests: dict[str, _Tracked] = {}
@@ -115,6 +118,14 @@ class Engine:
         if self.tokenizer is None:
             raise RequestError(f"{self.loaded.name} has no tokenizer, so its output cannot be structured")
         return Compiler(self.tokenizer, vocabulary=self.loaded.vocabulary, eos=self.eos)
+
+    def _warn_of_attention(self, *, dtype: torch.dtype, layers: Tokens[LayerShape]) -> None:
+        """Say once where the exact mode's promise ends."""
+        heads = int(getattr(self.loaded.config.get_text_config(), "num_attention_heads", layers[0].heads))
+        shapes = {(layer.dim, self.options.block_size, heads, layer.heads) for layer in layers}
+        reasons = {why for shape in shapes if (why := ops.why_not_native_attention(self.loaded.device, *shape, dtype))}
+        if self.options.mode == "exact" and reasons:
+            _log.warning("exact mode: attention runs on torch's operators (%s), whose last bits depend on the batch", "; ".join(sorted(reasons)))
 
     def describe_cache(self) -> str:
         size, count = self.options.block_size, self.cache.num_blocks

@@ -36,6 +36,8 @@ class EngineState:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_not_finite: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 class EngineThread:
@@ -188,5 +190,7 @@ class EngineThread:
             num_cached_tokens=stats.num_cached_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_not_finite=stats.num_not_finite,
+            num_drafted=stats.num_drafted,
+            num_accepted=stats.num_accepted,
         )
 

@@ -32,7 +32,7 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it.
         stop_token_ids: tokens that end it beside the model's own.
         ignore_eos: go on after the model's end of text.
-        seed: the same tokens for the same prompt, whatever else runs; None draws one.
+        seed: the same tokens for the same prompt, in exact mode whatever else runs (not while a draft model guesses ahead); None draws one.
         n: independent continuations of the prompt.
         logprobs: report the chosen token's log-probability and so many of the most likely ones; None for none.
         prompt_logprobs: the same for every token of the prompt.

@@ -162,3 +162,9 @@ def test_no_salt_reaches_an_adapters_prefixes() -> None:
 def test_numbers_that_are_not_whole_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="whole number"):
         SamplingParams(**settings)
+
+
+def test_exact_mode_says_where_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    LLM(str(save_tiny(tmp_path / "m", head_dim=12)), **EXACT)
+
+    assert "exact mode: attention runs on torch's operators (heads of 12 values" in caplog.text
