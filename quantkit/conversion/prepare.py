@@ -13,7 +13,7 @@ from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.options import DTYPES, ConvertOptions
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
-from quantkit.errors import OutputError, QuantkitError, SourceError
+from quantkit.errors import OutputError, SourceError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.device import find_device
@@ -56,10 +56,7 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
 
 
 def _open(origin: Source, options: ConvertOptions) -> OpenedCheckpoint:
-    try:
-        opened = OpenedCheckpoint(origin.folder)
-    except QuantkitError as error:
-        raise type(error)(f"{origin.name}: {error}") from error
+    opened = OpenedCheckpoint.of(origin)
     if opened.format is not None and not options.requantize:
         schemes = sorted({scheme.name for scheme in opened.schemes.values()})
         raise SourceError(

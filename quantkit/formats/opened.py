@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.source import Source
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import Scheme
+from quantkit.errors import QuantkitError
 from quantkit.formats.base import Format
 from quantkit.formats.registry import format_of
 
@@ -35,6 +37,14 @@ class OpenedCheckpoint:
         parts = {f"{module}.{part}" for module, scheme in self.schemes.items() for part in self.format.part_names(scheme)} if self.format else set()
         self.dense_names = [name for name in self.reader.names if name not in parts]
         self._known = {*self.dense_names, *(f"{module}.weight" for module in self.schemes)}
+
+    @classmethod
+    def of(cls, source: Source) -> OpenedCheckpoint:
+        """A source's checkpoint; errors name the source as the user did."""
+        try:
+            return cls(source.folder)
+        except QuantkitError as error:
+            raise error if source.name in str(error) else type(error)(f"{source.name}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

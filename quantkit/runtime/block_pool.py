@@ -35,7 +35,6 @@ class BlockPool:
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._found: dict[bytes, int] = {}
-        self.num_evictions = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -65,7 +64,6 @@ class BlockPool:
         if block.key is not None:
             del self._found[block.key]
             block.key, block.tokens = None, ()
-            self.num_evictions += 1
         block.references = 1
         return number
 
@@ -101,12 +99,6 @@ class BlockPool:
         if self.caching and block.key is None and key not in self._found:
             block.key, block.tokens = key, tuple(tokens)
             self._found[key] = number
-
-    def forget_all(self) -> None:
-        """Nothing cached is found any more; blocks in use stay in use."""
-        for number in self._found.values():
-            self._blocks[number].key, self._blocks[number].tokens = None, ()
-        self._found.clear()
 
     def check(self) -> None:
         """Every invariant, for tests and for an idle engine.

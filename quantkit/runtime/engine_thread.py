@@ -21,7 +21,7 @@ from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.stream import Stream
 
 _log = logging.getLogger("quantkit")
-_CLOSED = "the server is shutting down and takes no more requests"
+CLOSED = "the server is shutting down and takes no more requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class EngineThread:
         add = partial(self._add, stream, prompts, params, priority, tenant, salt)
         with self._wake:
             if self._is_draining:
-                raise BusyError(_CLOSED)
+                raise BusyError(CLOSED)
             if not self.is_alive:
                 raise EngineError(self.error)
             self._open.add(stream)

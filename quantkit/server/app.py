@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from quantkit import __version__
 from quantkit.errors import BusyError, EngineError
-from quantkit.runtime.engine_thread import EngineThread
+from quantkit.runtime.engine_thread import CLOSED, EngineThread
 from quantkit.server import errors
 from quantkit.server.body_limit import BodyLimit
 from quantkit.server.openai import chat, completions, models
@@ -36,7 +36,7 @@ def create_app(thread: EngineThread, names: Sequence[str] = ()) -> FastAPI:
         if not thread.is_alive:
             raise EngineError(thread.error)
         if thread.is_draining:
-            raise BusyError("the server is shutting down and takes no more requests")
+            raise BusyError(CLOSED)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")

@@ -40,7 +40,10 @@ def test_long_rope_does_not_depend_on_the_batch_or_the_chunks(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("family", "message"), [("diffllama", "attends twice in one layer"), ("doge", "makes a mask of its own")])
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("diffllama", "attends twice in one layer"), ("doge", "makes a mask of its own"), ("bert", "looks at later tokens")],
+)
 def test_attention_that_the_cache_does_not_hold_is_refused(family: str, message: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", family=family)
 

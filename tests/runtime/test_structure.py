@@ -148,30 +148,27 @@ def test_what_cannot_be_is_refused_in_words_and_the_engine_goes_on(case: str, ll
     assert texts(llm, Structure("regex", "ok"), 1) == ["ok"]
 
 
+def fails_alone(llm: LLM, params: SamplingParams) -> str:
+    """The error of a request that fails while another beside it ends well."""
+    bad = llm.engine.add("Tell", params, request_id="bad")
+    good = llm.engine.add("Tell", SamplingParams(max_tokens=3, ignore_eos=True), request_id="good")
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert len(good.completions[0].token_ids) == 3
+    return bad.completions[0].error or ""
+
+
 def test_settings_that_bar_all_that_is_allowed_fail_that_request_alone(llm: LLM) -> None:
     yes = llm.engine.compiler.compile(Structure("regex", "yes")).allowed().nonzero()[:, 0].tolist()
     params = SamplingParams(structure=Structure("regex", "yes"), bad_words=tuple((token,) for token in yes))
-    bad = llm.engine.add("Tell", params, request_id="bad")
-    good = llm.engine.add("Tell", SamplingParams(max_tokens=3, ignore_eos=True), request_id="good")
 
-    while llm.engine.has_work:
-        llm.engine.step()
-
-    assert "no token is left: the request bars all that its structure allows" in bad.completions[0].error
-    assert len(good.completions[0].token_ids) == 3
+    assert "no token is left: the request bars all that its structure allows" in fails_alone(llm, params)
 
 
 def test_what_grows_too_large_on_the_way_fails_that_request_alone(llm: LLM) -> None:
     schema = {"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(1800)}}
-    params = SamplingParams(structure=Structure.schema(schema), max_tokens=20)
-    bad = llm.engine.add("Tell", params, request_id="bad")
-    good = llm.engine.add("Tell", SamplingParams(max_tokens=3, ignore_eos=True), request_id="good")
 
-    while llm.engine.has_work:
-        llm.engine.step()
-
-    assert "no token is left: Parser Error" in bad.completions[0].error
-    assert len(good.completions[0].token_ids) == 3
+    assert "no token is left: Parser Error" in fails_alone(llm, SamplingParams(structure=Structure.schema(schema), max_tokens=20))
 
 
 def test_thousands_of_rules_within_rules_break_no_stack(llm: LLM) -> None:

@@ -12,10 +12,9 @@ from quantkit.runtime.outputs import RequestOutput
 from quantkit.runtime.sampler import TokenLogprobs
 from quantkit.runtime.stream import Delta
 from quantkit.server.generation import Generation
-from quantkit.server.openai.completions import CLIENT_GONE
-from quantkit.server.openai.event_stream import EventStream
 from quantkit.server.openai.logprobs import chat_logprobs
 from quantkit.server.openai.protocol import ChatRequest
+from quantkit.server.openai.respond import respond
 from quantkit.server.openai.responses import AnswerMessage, ChatChunk, ChatCompletion, ChatLogprobs, DeltaChoice, MessageChoice, Usage
 from quantkit.server.served import Served
 
@@ -29,12 +28,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     answer = _Answer(body, served)
     prompt = await served.tokenize(lambda: served.thread.engine.encode_chat([message.turn for message in body.messages]))
     generation = await served.generate([prompt], body.params(), started)
-    if body.stream:
-        return EventStream(answer.chunks(generation), generation)
-    outputs = await generation.finish(request)
-    if outputs is None:
-        return Response(status_code=CLIENT_GONE)
-    return Response(answer.whole(outputs).model_dump_json(), media_type="application/json")
+    return await respond(request, generation, answer, stream=bool(body.stream))
 
 
 class _Answer:

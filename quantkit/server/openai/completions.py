@@ -12,13 +12,11 @@ from quantkit.runtime.outputs import RequestOutput
 from quantkit.runtime.sampler import TokenLogprobs
 from quantkit.runtime.stream import Delta
 from quantkit.server.generation import Generation
-from quantkit.server.openai.event_stream import EventStream
 from quantkit.server.openai.logprobs import legacy_logprobs
 from quantkit.server.openai.protocol import CompletionRequest
+from quantkit.server.openai.respond import respond
 from quantkit.server.openai.responses import Completion, TextChoice, Usage
 from quantkit.server.served import Served
-
-CLIENT_GONE = 499
 
 router = APIRouter()
 
@@ -30,12 +28,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     answer = _Answer(body, served)
     prompts = await served.tokenize(lambda: [served.thread.engine.encode(prompt) for prompt in body.prompt])
     generation = await served.generate(prompts, body.params(), started)
-    if body.stream:
-        return EventStream(answer.chunks(generation), generation)
-    outputs = await generation.finish(request)
-    if outputs is None:
-        return Response(status_code=CLIENT_GONE)
-    return Response(answer.whole(outputs).model_dump_json(), media_type="application/json")
+    return await respond(request, generation, answer, stream=bool(body.stream))
 
 
 class _Answer:

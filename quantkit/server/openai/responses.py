@@ -55,12 +55,15 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
-class TextChoice(BaseModel):
+class _Choice(BaseModel):
     index: int
-    text: str
-    logprobs: LegacyLogprobs | None = None
     finish_reason: Finish | None = None
     stop_reason: str | int | None = None
+
+
+class TextChoice(_Choice):
+    text: str
+    logprobs: LegacyLogprobs | None = None
 
 
 class AnswerMessage(BaseModel):
@@ -69,22 +72,16 @@ class AnswerMessage(BaseModel):
     refusal: None = None
 
 
-class MessageChoice(BaseModel):
-    index: int
+class MessageChoice(_Choice):
     message: AnswerMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: Finish | None = None
-    stop_reason: str | int | None = None
 
 
-class DeltaChoice(BaseModel):
+class DeltaChoice(_Choice):
     """delta: role and content in the first chunk, content in the others, nothing where a choice only ends."""
 
-    index: int
     delta: dict[str, Any]
     logprobs: ChatLogprobs | None = None
-    finish_reason: Finish | None = None
-    stop_reason: str | int | None = None
 
 
 class _Response(BaseModel):
