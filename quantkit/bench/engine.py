@@ -40,8 +40,9 @@ def make_prompts(count: int, length: int, vocabulary: int, *, seed: int = 0) -> 
 def throughput(llm: LLM, prompts: list[list[int]], num_output: int) -> Throughput:
     """Answer all prompts greedily, with the end of text ignored."""
     engine = llm.engine
-    inside = _Stopwatch(engine.loaded.model.forward)
-    engine.loaded.model.forward = inside
+    decoder = engine.runner.decoder
+    inside = _Stopwatch(decoder.logits)
+    decoder.logits = inside
     settings = SamplingParams(max_tokens=num_output, temperature=0, ignore_eos=True)
     try:
         started = time.perf_counter()
@@ -55,7 +56,7 @@ def throughput(llm: LLM, prompts: list[list[int]], num_output: int) -> Throughpu
                 decoding.append(time.perf_counter() - began - (inside.seconds - before))
         seconds = time.perf_counter() - started
     finally:
-        del engine.loaded.model.forward
+        del decoder.logits
     overhead = 1000 * sorted(decoding)[len(decoding) // 2] if decoding else None
     return Throughput(len(prompts), len(prompts[0]), num_output, seconds, overhead)
 

@@ -14,13 +14,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quantkit import ops
 from quantkit.errors import RequestError, did_you_mean
 from quantkit.models.device import find_device
 from quantkit.runtime.block_pool import BlockPool
 from quantkit.runtime.choosing import choose
+from quantkit.runtime.decoders import decoder_of
 from quantkit.runtime.detokenizer import TextStream
-from quantkit.runtime.kv_cache import LayerShape
 from quantkit.runtime.loader import load
 from quantkit.runtime.lora import attach
 from quantkit.runtime.matcher import Compiler, Matcher
@@ -32,7 +31,7 @@ from quantkit.runtime.sampler import LOGPROBS_BYTES, Sampled, SampleRequest, tok
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.scheduler import Piece, Scheduler, SchedulerConfig
 from quantkit.runtime.sequence import FinishReason, Sequence
-from quantkit.runtime.set_up import context_of, end_of_text, layout_of, load_draft, num_blocks_of, tokenizer_of
+from quantkit.runtime.set_up import context_of, end_of_text, layout_of, load_draft, num_blocks_of, tokenizer_of, warn_where_inexact
 from quantkit.runtime.speculation import DraftModel, NGram, Proposer, guess
 
 _log = logging.getLogger("quantkit")
@@ -91,17 +90,19 @@ class Engine:
         freeze(self.loaded.model, self.context)
         self.eos = end_of_text(self.loaded, self.tokenizer)
         draft = load_draft(self.loaded, self.tokenizer, options)
-        layouts = [layout_of(model, options) for model in (self.loaded, draft) if model is not None]
+        models = [self.loaded] if draft is None else [self.loaded, draft]
+        decoders = [decoder_of(model, options.mode, min(self.context, model.context)) for model in models]
+        layouts = [layout_of(model, decoder, options) for model, decoder in zip(models, decoders, strict=True)]
         num_blocks = num_blocks_of(options, self.context, sum(layout.bytes_per_block for layout in layouts), device)
         self.cache, *draft_cache = [layout.open(num_blocks) for layout in layouts]
         self.proposer: Proposer | None = NGram(options.num_draft_tokens) if options.speculation == NGRAM else None
         if draft is not None:
-            self.proposer = DraftModel(draft, draft_cache[0], eos=self.eos, width=self.loaded.vocabulary, options=options)
+            self.proposer = DraftModel(draft, decoders[1], draft_cache[0], eos=self.eos, width=self.loaded.vocabulary, options=options)
         scored = max(1, LOGPROBS_BYTES // (4 * self.loaded.vocabulary))
         limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting, scored)
         self.scheduler = Scheduler(BlockPool(num_blocks, options.block_size, caching=options.prefix_caching), limits)
-        self.runner = Runner(self.loaded, self.cache, limits)
-        self._warn_of_attention(dtype=layouts[0].dtype, layers=layouts[0].shapes)
+        self.runner = Runner(decoders[0], self.cache, limits)
+        warn_where_inexact(self.loaded, layouts[0], options)
         self.stats = EngineStats()
         self._random = random.Random(options.seed)
         self._requests: dict[str, _Tracked] = {}
@@ -118,14 +119,6 @@ class Engine:
         if self.tokenizer is None:
             raise RequestError(f"{self.loaded.name} has no tokenizer, so its output cannot be structured")
         return Compiler(self.tokenizer, vocabulary=self.loaded.vocabulary, eos=self.eos)
-
-    def _warn_of_attention(self, *, dtype: torch.dtype, layers: Tokens[LayerShape]) -> None:
-        """Say once where the exact mode's promise ends."""
-        heads = int(getattr(self.loaded.config.get_text_config(), "num_attention_heads", layers[0].heads))
-        shapes = {(layer.dim, self.options.block_size, heads, layer.heads) for layer in layers}
-        reasons = {why for shape in shapes if (why := ops.why_not_native_attention(self.loaded.device, *shape, dtype))}
-        if self.options.mode == "exact" and reasons:
-            _log.warning("exact mode: attention runs on torch's operators (%s), whose last bits depend on the batch", "; ".join(sorted(reasons)))
 
     def describe_cache(self) -> str:
         size, count = self.options.block_size, self.cache.num_blocks

@@ -59,7 +59,7 @@ class KVCache:
     """Every layer's blocks. Block numbers mean the same in all layers."""
 
     def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.block_size, self.num_blocks = block_size, num_blocks
+        self.block_size, self.num_blocks, self.device = block_size, num_blocks, device
         self.layers = [_empty(shape, num_blocks, block_size, dtype, device) for shape in shapes]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:

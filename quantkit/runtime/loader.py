@@ -19,11 +19,11 @@ from quantkit import ops
 from quantkit.allocator import give_back
 from quantkit.checkpoint.source import resolve
 from quantkit.core.scheme import Scheme
-from quantkit.errors import QuantkitError, SourceError
+from quantkit.errors import SourceError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.streamed import FileOrder
 from quantkit.models.architecture import Architecture, describe, load_config
-from quantkit.runtime.attention import NAME
+from quantkit.runtime.attention import ATTENTION
 from quantkit.runtime.linear import PackedLinear
 from quantkit.runtime.quantization import quantize, require_unquantized, scheme_at_load
 
@@ -85,10 +85,7 @@ def load(
     """
     ops.require_mode(mode, device)
     origin = resolve(source, trust_remote_code=trust_remote_code)
-    try:
-        opened = OpenedCheckpoint(origin.folder)
-    except QuantkitError as error:
-        raise type(error)(f"{origin.name}: {error}") from error
+    opened = OpenedCheckpoint.of(origin)
     if quantization is not None:
         require_unquantized(opened, origin.name, quantization)
     config = load_config(origin.folder, trust_remote_code=trust_remote_code)
@@ -99,7 +96,7 @@ def load(
     schemes = opened.schemes | {linear.name: at_load[linear.path] for linear in linears}
     _fill(_Weights(architecture, opened, FileOrder(opened, architecture), at_load, mode, device))
     model = architecture.model
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(ATTENTION)
     return LoadedModel(origin.name, origin.folder, model, config, opened.dtype, schemes, architecture.context, device)
 
 

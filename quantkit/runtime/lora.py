@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +20,10 @@ from quantkit import ops
 from quantkit.errors import SourceError
 from quantkit.runtime.linear import PackedLinear
 from quantkit.runtime.loader import LoadedModel
-
-Rows = Mapping[str, Tensor]
-"""int64 indices into a step's tokens of those that take an adapter, by the adapter's name."""
+from quantkit.runtime.step import current
 
 _NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 _UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alpha_pattern", "layer_replication", "trainable_token_indices", "target_parameters")
-class _Current(threading.local):
-    """Each thread's own step."""
-
-    rows: Rows = {}  # noqa: RUF012
-
-
-_current = _Current()
-
-
-@contextmanager
-def rows_of_adapters(rows: Rows) -> Iterator[None]:
-    """Linears run within the body add these adapters to these tokens."""
-    _current.rows = rows
-    try:
-        yield
-    finally:
-        _current.rows = {}
 
 
 class AdaptedLinear(nn.Module):
@@ -57,7 +36,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
-        for name, rows in _current.rows.items():
+        for name, rows in current().adapters.items():
             if name in self.adapters:
                 down, up = self.adapters[name]
                 tokens = x.reshape(-1, x.shape[-1])[rows]

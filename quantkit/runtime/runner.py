@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.runtime.attention import StepContext, step
+from quantkit.runtime.decoders import Decoder
 from quantkit.runtime.kv_cache import KVCache
-from quantkit.runtime.loader import LoadedModel
-from quantkit.runtime.lora import Rows, rows_of_adapters
 from quantkit.runtime.scheduler import Batch, Piece, SchedulerConfig
+from quantkit.runtime.step import StepContext, running
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +22,15 @@ class Wanted:
 
 
 class Runner:
-    """Runs batches of one loaded model over one cache.
+    """Runs batches through one decoder over one cache.
 
     The blocks of every running sequence stand in one table, a row for each slot of the scheduler; a step writes only what is new there.
     """
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache, limits: SchedulerConfig) -> None:
-        self.loaded, self.cache = loaded, cache
+    def __init__(self, decoder: Decoder, cache: KVCache, limits: SchedulerConfig) -> None:
+        self.decoder, self.cache = decoder, cache
         longest = min(cache.num_blocks, -(-limits.context // cache.block_size))
-        self._tables = torch.zeros(limits.max_sequences, longest, dtype=torch.int32, device=loaded.device)
+        self._tables = torch.zeros(limits.max_sequences, longest, dtype=torch.int32, device=cache.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, list[Wanted]]:
         """float32 logits [R, vocabulary] and whose they are.
@@ -49,25 +48,24 @@ class Runner:
                 wanted.append(Wanted(piece, slice(len(rows), len(rows) + len(chosen))))
                 rows += chosen
             at += piece.count
-        device = self.loaded.device
-        ids = torch.tensor([[token for piece in batch.pieces for token in piece.tokens]], device=device)
-        positions = torch.tensor([[i for piece in batch.pieces for i in range(piece.start, piece.end)]], device=device)
-        with torch.inference_mode(), step(self._context(batch, positions[0])), rows_of_adapters(self._rows(batch)):
-            keep = torch.tensor(rows or [0], device=device)
-            out = self.loaded.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
-        return out.logits[0].float()[: len(rows)], wanted
+        device = self.cache.device
+        ids = torch.tensor([token for piece in batch.pieces for token in piece.tokens], device=device)
+        positions = torch.tensor([i for piece in batch.pieces for i in range(piece.start, piece.end)], device=device)
+        with torch.inference_mode(), running(self._context(batch, positions)):
+            logits = self.decoder.logits(ids, positions, torch.tensor(rows or [0], device=device))
+        return logits[: len(rows)], wanted
 
-    def _rows(self, batch: Batch) -> Rows:
+    def _adapters(self, batch: Batch) -> dict[str, Tensor]:
         rows: dict[str, list[int]] = {}
         at = 0
         for piece in batch.pieces:
             if piece.sequence.lora:
                 rows.setdefault(piece.sequence.lora, []).extend(range(at, at + piece.count))
             at += piece.count
-        return {name: torch.tensor(each, device=self.loaded.device) for name, each in rows.items()}
+        return {name: torch.tensor(each, device=self.cache.device) for name, each in rows.items()}
 
     def _context(self, batch: Batch, positions: Tensor) -> StepContext:
-        size, device = self.cache.block_size, self.loaded.device
+        size, device = self.cache.block_size, self.cache.device
         rows, columns, blocks = [], [], []
         for piece in batch.pieces:
             sequence, first = piece.sequence, min(piece.sequence.num_tabled, piece.start // size)
@@ -80,4 +78,4 @@ class Runner:
         self._tables[changes[0], changes[1]] = changes[2].int()
         owners = torch.tensor([slot for piece in batch.pieces for slot in [piece.sequence.slot] * piece.count], device=device)
         slots = self._tables[owners, positions // size].long() * size + positions % size
-        return StepContext(self.cache, slots, self._tables, owners.int(), positions.int())
+        return StepContext(self.cache, slots, self._tables, owners.int(), positions.int(), self._adapters(batch))

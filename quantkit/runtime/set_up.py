@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from quantkit import ops
 from quantkit.errors import EngineError, SourceError, UsageError
 from quantkit.models.tokenizer import load_tokenizer
-from quantkit.runtime.attention import probe_layers
+from quantkit.runtime.decoders import Decoder
 from quantkit.runtime.kv_cache import CacheLayout, kv_dtype
 from quantkit.runtime.loader import LoadedModel, load
 from quantkit.runtime.options import NGRAM, EngineOptions
@@ -54,10 +55,19 @@ def _generation_config(loaded: LoadedModel) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def layout_of(loaded: LoadedModel, options: EngineOptions) -> CacheLayout:
-    """Raises SourceError where some layers keep nothing that can be paged."""
+def layout_of(loaded: LoadedModel, decoder: Decoder, options: EngineOptions) -> CacheLayout:
+    """The blocks of a model's cache."""
     dtype = kv_dtype(options.kv_cache_dtype, torch.float32 if options.mode == "exact" else loaded.dtype)
-    return CacheLayout(tuple(probe_layers(loaded.model)), options.block_size, dtype, loaded.device)
+    return CacheLayout(tuple(facts.shape for facts in decoder.layers), options.block_size, dtype, loaded.device)
+
+
+def warn_where_inexact(loaded: LoadedModel, layout: CacheLayout, options: EngineOptions) -> None:
+    """Say where the exact mode's promise ends."""
+    heads = int(getattr(loaded.config.get_text_config(), "num_attention_heads", layout.shapes[0].heads))
+    sizes = {(shape.dim, layout.block_size, heads, shape.heads) for shape in layout.shapes}
+    reasons = {why for size in sizes if (why := ops.why_not_native_attention(loaded.device, *size, layout.dtype))}
+    if options.mode == "exact" and reasons:
+        _log.warning("exact mode: attention runs on torch's operators (%s), whose last bits depend on the batch", "; ".join(sorted(reasons)))
 
 
 def load_draft(target: LoadedModel, tokenizer: Any, options: EngineOptions) -> LoadedModel | None:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from quantkit.errors import UsageError
 from quantkit.runtime.block_pool import BlockPool
+from quantkit.runtime.decoders import Decoder
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.loader import LoadedModel
 from quantkit.runtime.logits import SampleRequest
@@ -89,16 +90,16 @@ class DraftModel:
     a sequence that could go stale when it is preempted, forked or cancelled, and at most a block of it is computed again.
 
     Args:
-        cache: for this model alone.
+        decoder, cache: of this model, the cache for it alone.
         eos, width: the target's ends of text and number of logits.
     """
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache, *, eos: frozenset[int], width: int, options: EngineOptions) -> None:
+    def __init__(self, loaded: LoadedModel, decoder: Decoder, cache: KVCache, *, eos: frozenset[int], width: int, options: EngineOptions) -> None:
         self.num_tokens, self.eos, self.width = options.num_draft_tokens, eos, width
         self.vocabulary = loaded.vocabulary
         limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, None, loaded.context)
         self.scheduler = Scheduler(BlockPool(cache.num_blocks, cache.block_size), limits)
-        self.runner = Runner(loaded, cache, limits)
+        self.runner = Runner(decoder, cache, limits)
 
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         drafts = [Draft([], None if sequence.params.is_greedy else []) for sequence in sequences]

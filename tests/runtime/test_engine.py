@@ -26,7 +26,7 @@ SMALL = {"kv_cache_memory": 8 << 20}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "phi3": {}, "gemma": {},
     "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 16}, "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 16},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, 
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gpt_neox": {}, "phi": {}, "stablelm": {}, "cohere": {}, "olmo2": {}, "granite": {}, "starcoder2": {"sliding_window": 6},
