@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,11 +18,12 @@ from quantkit.errors import RequestError, did_you_mean
 from quantkit.models.device import find_device
 from quantkit.runtime.block_pool import BlockPool
 from quantkit.runtime.choosing import choose
+from quantkit.runtime.continuation import Continuation, Tracked
 from quantkit.runtime.decoders import decoder_of
 from quantkit.runtime.detokenizer import TextStream
 from quantkit.runtime.loader import load
 from quantkit.runtime.lora import attach
-from quantkit.runtime.matcher import Compiler, Matcher
+from quantkit.runtime.matcher import Compiler
 from quantkit.runtime.options import NGRAM, EngineOptions
 from quantkit.runtime.outputs import Completion, RequestOutput
 from quantkit.runtime.rope import freeze
@@ -60,17 +61,6 @@ class EngineStats:
         return self.num_accepted / max(1, self.num_drafted)
 
 
-@dataclass(eq=False, slots=True)
-class _Tracked:
-    """A request on its way."""
-
-    output: RequestOutput
-    sequences: list[Sequence]
-    streams: list[TextStream | None]
-    matchers: list[Matcher | None]
-    new_text: dict[int, str] = field(default_factory=dict)
-
-
 class Engine:
     """One model, its cache and its requests.
 
@@ -105,8 +95,8 @@ class Engine:
         warn_where_inexact(self.loaded, layouts[0], options)
         self.stats = EngineStats()
         self._random = random.Random(options.seed)
-        self._requests: dict[str, _Tracked] = {}
-        self._request_of: dict[str, tuple[_Tracked, int]] = {}
+        self._requests: dict[str, Tracked] = {}
+        self._request_of: dict[str, tuple[Tracked, Continuation]] = {}
         _log.info("KV cache: %s", self.describe_cache())
 
     @cached_property
@@ -179,17 +169,18 @@ class Engine:
         output = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, list(ids), completions, [None] if wants_prompt else None)
         streams = [TextStream(self.tokenizer, ids, params.stop) if self.tokenizer else None for _ in sequences]
         self.scheduler.add(sequences[0])
-        tracked = self._requests[request_id] = _Tracked(output, sequences, streams, [matcher and matcher.copy() for _ in sequences])
-        self._request_of |= {sequence.id: (tracked, i) for i, sequence in enumerate(sequences)}
+        parts = zip(sequences, completions, streams, strict=True)
+        tracked = self._requests[request_id] = Tracked(output, [Continuation(*part, matcher and matcher.copy()) for part in parts])
+        self._request_of |= {each.sequence.id: (tracked, each) for each in tracked.continuations}
         self.stats.num_prompt_tokens += len(ids)
         return output
 
     def cancel(self, request_id: str) -> None:
         """End a request wherever it is; unknown ids are no error, as it may just have ended."""
         tracked = self._requests.get(request_id)
-        for index, sequence in enumerate(tracked.sequences if tracked else []):
-            if tracked.output.completions[index].finish_reason is None:  # a sibling that waits has ended with the first already
-                self._end(sequence, tracked, index, "cancelled")
+        for each in tracked.continuations if tracked else []:
+            if each.completion.finish_reason is None:  # a sibling that waits has ended with the first already
+                self._end(each.sequence, "cancelled")
 
     @property
     def has_work(self) -> bool:
@@ -209,8 +200,8 @@ class Engine:
             raise
         for each in wanted:
             self._keep_prompt_logprobs(each, logits)
-        chosen = choose(logits, [each for each in wanted if each.piece.reaches_end], self._request, drafts)
-        touched: dict[str, _Tracked] = {}
+        chosen = choose(logits, [each for each in wanted if each.piece.reaches_end], self._wish, drafts)
+        touched: dict[str, Tracked] = {}
         for piece in batch.pieces:
             tracked, _ = self._request_of[piece.sequence.id]
             touched[tracked.output.id] = tracked
@@ -218,7 +209,7 @@ class Engine:
                 self._commit(piece, chosen)
             else:
                 self.scheduler.commit(piece, [])
-        return [self._report(tracked) for tracked in touched.values()]
+        return [tracked.report() for tracked in touched.values()]
 
     def _commit(self, piece: Piece, chosen: dict[str, list[Sampled] | None]) -> None:
         """Commit a piece with the tokens chosen behind it; its siblings take theirs from the same logits."""
@@ -241,77 +232,39 @@ class Engine:
                 self._take(sibling, token)
 
     def _take(self, sequence: Sequence, chosen: Sampled) -> None:
-        """A token was chosen: text, log-probabilities, and whether it was the last."""
-        tracked, index = self._request_of[sequence.id]
-        completion, stream, params = tracked.output.completions[index], tracked.streams[index], sequence.params
-        matcher = tracked.matchers[index]
-        if not completion.token_ids and index == 0:
+        """A token was chosen: it is the continuation's next, and may be its last."""
+        tracked, continuation = self._request_of[sequence.id]
+        if not continuation.completion.token_ids and continuation is tracked.continuations[0]:
             tracked.output.num_cached = sequence.num_cached or 0
             self.stats.num_cached_tokens += sequence.num_cached or 0
         self.stats.num_generated_tokens += 1
-        completion.token_ids.append(chosen.token)
-        num_output = len(completion.token_ids)
-        if completion.logprobs is not None and chosen.logprobs is not None:
-            completion.logprobs.append(chosen.logprobs)
-        may_stop = num_output >= params.min_tokens
-        is_end = chosen.token in self.eos and (matcher is not None or not params.ignore_eos)
-        if may_stop and (is_end or chosen.token in params.stop_token_ids):
-            completion.stop_reason = None if is_end else chosen.token
-            self._end(sequence, tracked, index, "stop")
-            return
-        if stream is not None:
-            self._show(tracked, index, stream.push(chosen.token, may_stop=may_stop))
-            if stream.stopped_by is not None:
-                completion.stop_reason = stream.stopped_by
-                self._end(sequence, tracked, index, "stop")
-                return
-        if matcher is not None:
-            matcher.take(chosen.token)
-            if matcher.is_complete:
-                self._end(sequence, tracked, index, "stop")
-                return
-        if num_output >= (params.max_tokens or self.context) or sequence.num_prompt + num_output >= self.scheduler.max_length:
-            self._end(sequence, tracked, index, "length")
+        reason = continuation.take(chosen, eos=self.eos, longest=self.scheduler.max_length)
+        if reason is not None:
+            self._end(sequence, reason)
 
     def _fail(self, sequence: Sequence) -> None:
-        tracked, index = self._request_of[sequence.id]
         self.stats.num_not_finite += 1
-        matcher, reason = tracked.matchers[index], "the model's logits are not finite; the checkpoint is damaged, or its values overflow in this mode"
-        if matcher is not None:
-            reason = f"no token is left: {matcher.error or f'the request bars all that its structure allows, or {reason}'}"
-        tracked.output.completions[index].error = reason
-        self._end(sequence, tracked, index, "error")
+        self._request_of[sequence.id][1].blame()
+        self._end(sequence, "error")
 
-    def _end(self, sequence: Sequence, tracked: _Tracked, index: int, reason: FinishReason) -> None:
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        tracked, continuation = self._request_of[sequence.id]
         self.scheduler.finish(sequence, reason)
-        completion, stream = tracked.output.completions[index], tracked.streams[index]
-        completion.finish_reason = reason
-        if stream is not None:
-            self._show(tracked, index, stream.finish())
+        continuation.end(reason)
         if tracked.output.is_finished:
             del self._requests[tracked.output.id]
-            for each in tracked.sequences:
-                del self._request_of[each.id]
+            for each in tracked.continuations:
+                del self._request_of[each.sequence.id]
 
-    def _show(self, tracked: _Tracked, index: int, text: str) -> None:
-        tracked.output.completions[index].text += text
-        tracked.new_text[index] = tracked.new_text.get(index, "") + text
-
-    def _report(self, tracked: _Tracked) -> tuple[RequestOutput, dict[int, str]]:
-        new, tracked.new_text = tracked.new_text, {}
-        return tracked.output, new
-
-    def _request(self, sequence: Sequence) -> SampleRequest:
-        tracked, index = self._request_of[sequence.id]
-        matcher = tracked.matchers[index]
-        return SampleRequest(sequence.params, sequence.prompt_view, sequence.output_view, sequence.seed, self.eos, matcher and matcher.allowed())
+    def _wish(self, sequence: Sequence) -> SampleRequest:
+        return self._request_of[sequence.id][1].wish(self.eos)
 
     def _keep_prompt_logprobs(self, wanted: Wanted, logits: Tensor) -> None:
         """Of the tokens of the prompt that this piece predicts: row i of it stands before token start + i + 1."""
         piece, sequence = wanted.piece, wanted.piece.sequence
-        tracked, index = self._request_of[sequence.id]
+        tracked, continuation = self._request_of[sequence.id]
         kept = tracked.output.prompt_logprobs
-        if kept is None or index or len(kept) >= sequence.num_prompt:
+        if kept is None or continuation is not tracked.continuations[0] or len(kept) >= sequence.num_prompt:
             return
         first = len(kept)  # a preempted prompt is computed again from its beginning
         targets = sequence.tokens[first : min(piece.end + 1, sequence.num_prompt)]
