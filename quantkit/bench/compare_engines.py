@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,14 +35,16 @@ def compare(
     Args:
         source: "1b", or an unquantized Llama model.
         tools: llama.cpp's tools, None to leave it out.
+        work: where the models are kept, for the next run too; None for a folder that is gone afterwards.
     """
     torch.set_num_threads(threads)
     yield f"{machine()}, {threads} threads, mode {mode}; prompts of {num_prompt} tokens, {num_output} generated\n"
     yield "| what | requests | output tokens/s | overhead of a step |\n|---|---|---|---|"
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        dense = _model(source, Path(folder))
-        small = Path(folder) / "w4"
-        run([sys.executable, "-m", "quantkit", "convert", str(dense), "-o", str(small), "-r", "w4a16-rtn"])
+    with _folder(work, source) as folder:
+        dense = _model(source, folder)
+        small = folder / "w4"
+        if not small.exists():
+            run([sys.executable, "-m", "quantkit", "convert", str(dense), "-o", str(small), "-r", "w4a16-rtn"])
         for name, model in (("quantkit, 4 bits", small), ("quantkit, unquantized", dense)):
             llm = LLM(str(model), mode=mode)
             vocabulary = int(llm.engine.loaded.config.vocab_size)
@@ -57,13 +60,25 @@ def compare(
                 found = transformers_peer.throughput(dense, prompts, num_output, dtype=dtype)
                 yield _row(f"transformers generate, one by one, {str(dtype)[6:]}", found)
         if tools:
-            yield from _llama_cpp(LlamaCpp(tools, threads), dense, Path(folder), requests, num_prompt, num_output, vocabulary)
+            yield from _llama_cpp(LlamaCpp(tools, threads), dense, folder, requests, num_prompt, num_output, vocabulary)
+
+
+@contextmanager
+def _folder(work: Path | None, source: str) -> Iterator[Path]:
+    if work is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    folder = work / Path(source).name
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
 
 
 def _model(source: str, folder: Path) -> Path:
     if source != "1b":
         return resolve(source).folder
-    write_random_checkpoint(folder / "dense", **LLAMA_1B)
+    if not (folder / "dense").exists():
+        write_random_checkpoint(folder / "dense", **LLAMA_1B)
     return folder / "dense"
 
 
@@ -80,9 +95,11 @@ def _latencies(name: str, llm: LLM, vocabulary: int) -> Iterator[str]:
 
 
 def _llama_cpp(peer: LlamaCpp, dense: Path, folder: Path, requests: list[int], num_prompt: int, num_output: int, vocabulary: int) -> Iterator[str]:
-    whole = write_gguf(dense, folder / "f16.gguf")
+    whole = folder / "f16.gguf"
     for kind in ("Q4_0", "Q8_0"):
-        model = peer.quantize(whole, folder / f"{kind}.gguf", kind)
+        model = folder / f"{kind}.gguf"
+        if not model.exists():
+            peer.quantize(whole if whole.exists() else write_gguf(dense, whole), model, kind)
         prefill, decode = peer.prefill_and_decode(model, _PREFILL, num_output)
         yield f"| llama.cpp {kind}: prefill of {_PREFILL} tokens | 1 | {prefill:.0f} prompt tokens/s; decode {decode:.1f} | |"
         for count in requests:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantkit.core.quantize import Grid
 from quantkit.core.scheme import QuantSpec
+from quantkit.errors import UsageError
 
 
 @dataclass(eq=False, slots=True)
@@ -62,6 +63,27 @@ class QuantizedTensor:
         """Some of the rows, as a tensor of their own."""
         zero = None if self.zero is None else self.zero[start:stop].contiguous()
         return QuantizedTensor(self.spec, self.codes[start:stop].contiguous(), self.scale[start:stop].contiguous(), zero, self.group_of_column)
+
+    def columns(self, start: int, stop: int) -> QuantizedTensor:
+        """Some of the columns, whole groups of them, as a tensor of their own.
+
+        Raises:
+            UsageError: the range cuts a group, or groups are not runs of columns.
+        """
+        size = self.spec.group_size(self.codes.shape[1])
+        if self.group_of_column is not None:
+            raise UsageError("columns of a weight whose groups are scattered over them (act-order) cannot be taken apart; divide its rows")
+        is_whole_row = self.scale.shape[1] == 1
+        if not is_whole_row and (start % size or stop % size):
+            raise UsageError(f"columns {start} to {stop} cut a group of {size}; take whole groups")
+        of = slice(None) if is_whole_row else slice(start // size, stop // size)
+        zero = None if self.zero is None else self.zero[:, of].contiguous()
+        return QuantizedTensor(self._spec_of_part(stop - start), self.codes[:, start:stop].contiguous(), self.scale[:, of].contiguous(), zero)
+
+    def _spec_of_part(self, columns: int) -> QuantSpec:
+        """One group over all columns is one over fewer of them too."""
+        group = self.spec.group
+        return replace(self.spec, group=columns) if group is not None and group > columns and self.scale.shape[1] == 1 else self.spec
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         moved = [None if t is None else t.to(device) for t in (self.codes, self.scale, self.zero, self.group_of_column)]
