@@ -17,7 +17,8 @@ class Throughput:
 
     Attributes:
         seconds: from the first prompt in to the last token out.
-        overhead_ms: time of a decoding step outside the model's forward pass; None where it is another program's.
+        overhead_ms: processor time of the engine's thread in a decoding step, outside the decoder: scheduling, sampling, text. None where it is
+            another program's.
     """
 
     num_requests: int
@@ -50,10 +51,10 @@ def throughput(llm: LLM, prompts: list[list[int]], num_output: int) -> Throughpu
         decoding: list[float] = []
         while engine.has_work:
             is_decoding = all(output.completions[0].token_ids for output in outputs)
-            before, began = inside.seconds, time.perf_counter()
+            before, began = inside.seconds, time.thread_time()
             engine.step()
             if is_decoding:
-                decoding.append(time.perf_counter() - began - (inside.seconds - before))
+                decoding.append(time.thread_time() - began - (inside.seconds - before))
         seconds = time.perf_counter() - started
     finally:
         del decoder.logits
@@ -79,14 +80,14 @@ def prefix_hit(llm: LLM, length: int, vocabulary: int, *, tail: int = 16, repeat
 
 
 class _Stopwatch:
-    """A function that adds up the time spent in it."""
+    """A function that adds up the processor time that its thread spends in it."""
 
     def __init__(self, function: Callable[..., object]) -> None:
         self._function, self.seconds = function, 0.0
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        started = time.perf_counter()
+        started = time.thread_time()
         try:
             return self._function(*args, **kwargs)
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += time.thread_time() - started

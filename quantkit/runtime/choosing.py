@@ -55,7 +55,8 @@ def _line(sequence: Sequence, guesses: list[int], stop: int, request: SampleRequ
 def _sampled(logits: Tensor, lines: list[_Line]) -> dict[str, list[Sampled] | None]:
     """Sample behind every guess as if it held, and keep what was right to do so: the tokens are those that would come one by one."""
     rows = [row for line in lines for row in line.rows]
-    tokens = iter(sample(logits[rows], [request for line in lines for request in line.requests]) if rows else ())
+    own = logits if rows == list(range(len(logits))) else logits[rows]
+    tokens = iter(sample(own, [request for line in lines for request in line.requests]) if rows else ())
     return {line.sequence.id: _holding([next(tokens) for _ in line.rows], line.guesses) for line in lines}
 
 
