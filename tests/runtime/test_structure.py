@@ -119,6 +119,13 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "a schema that is a number": ("json_schema", "3", "give a JSON object"),
     "no choices": ("choice", "[]", "give a JSON array of strings"),
     "too long": ("regex", "a" * 70000, "has 70,000 characters; give at most 65,536"),
+    "a schema that is true": ("json_schema", "true", "give a JSON object"),
+    "too many remainders": ("json_schema", '{"items": {"multipleOf": 300007}}', "json_schema: multipleOf, .* above 20,000 units of its last"),
+    "too many together": ("json_schema", '{"anyOf": [{"multipleOf": 9001}, {"multipleOf": 0.7}]}', "or what several have in common, is above"),
+    "too many for any number": ("json_schema", '{"a": {"multipleOf": 1e-300}, "multipleOf": 7}', "multipleOf"),
+    "too many, with zeros behind": ("json_schema", '{"multipleOf": 19999000}', "multipleOf"),
+    "too many in a grammar": ("grammar", 'start: %json {"multipleOf": 300007}', "grammar: multipleOf"),
+    "a grammar's schema that is no JSON": ("grammar", "start: %json { // }", "a %json without JSON behind it"),
     "a type that is none": ("json_schema", '{"type": "nope"}', "the json_schema does not compile: Invalid type: nope"),
     "a schema that nothing fits": ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}', r"minimum \(5\) is greater than maximum"),
     "what is not implemented": ("json_schema", '{"not": {}}', "Unimplemented keys"),
@@ -179,6 +186,13 @@ def test_thousands_of_rules_within_rules_break_no_stack(llm: LLM) -> None:
     rules = "".join(f'a{i}: "x" a{i + 1}\n' for i in range(3000))
 
     assert llm.engine.compiler.compile(Structure("grammar", f'start: a0\n{rules}a3000: "y"')).allowed().any()
+
+
+def test_multiples_that_are_small_in_their_last_place_are_taken(llm: LLM) -> None:
+    for multiples in ([7, 0.01], [1e4], [19999], [0.125]):
+        require_compilable(Structure.schema({"anyOf": [{"type": "number", "multipleOf": each} for each in multiples]}))
+    sevenths = Structure.schema({"type": "integer", "multipleOf": 7, "minimum": 1000, "maximum": 9999})
+    assert all(int(text) % 7 == 0 for text in texts(llm, sevenths, 4))
 
 
 def compiler(llm: LLM, seconds: float) -> Compiler:
