@@ -7,11 +7,14 @@ from typing import Any
 
 import click
 
+from quantkit.cli.adapter_options import lora_option
+
 _MODES = ("fast", "exact", "int8")
 _MODE_HELP = "exact: float32, equal in any batch. int8: prompts faster, answers less exact; quantized models on CPUs."
 _OPTIONS = (
     click.option("--mode", type=click.Choice(_MODES), default="fast", show_default=True, help=_MODE_HELP),
     click.option("--quantization", help="Quantize an unquantized model while it loads: int8 or w4."),
+    lora_option,
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8, fp8."),
     click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer; the model's own by default."),
@@ -51,11 +54,19 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def engine_settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the engine's options out, as keywords of EngineOptions; threads are set here."""
+    """Take the engine's options out, as keywords of EngineOptions; threads are set and adapters looked at here.
+
+    Raises:
+        SourceError: what --lora names is no adapter.
+    """
     threads = options.pop("threads")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    names = ("mode", "quantization", "device", "kv_cache_dtype", "context", "speculation", "num_draft_tokens", "trust_remote_code")
+    if options["lora"]:
+        from quantkit.runtime.lora import check
+
+        check(options["lora"].values())
+    names = ("mode", "quantization", "lora", "device", "kv_cache_dtype", "context", "speculation", "num_draft_tokens", "trust_remote_code")
     return {name: options.pop(name) for name in names}

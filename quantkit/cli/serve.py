@@ -29,6 +29,8 @@ def serve(source: str, host: str, port: int, names: tuple[str, ...], shutdown_ti
     quantkit serve out --port 8000
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time", "max_tokens": 32}'
 
+    Adapters given with --lora are served under their names, as models of their own.
+
     SIGTERM or Ctrl-C lets running requests finish; a second one ends at once.
     """
     try:
@@ -37,10 +39,13 @@ def serve(source: str, host: str, port: int, names: tuple[str, ...], shutdown_ti
 
         with open_socket(host, port) as listener:
             from quantkit.server.app import create_app
+            from quantkit.server.served import require_distinct
 
+            names = names or (source,)
+            require_distinct(names, options["lora"])
             thread = _start(source, options)
             ready = partial(click.echo, f"serving {source} at {url_of(listener)}/v1", err=True)
-            run(create_app(thread, names or (source,)), thread, listener, shutdown_timeout=shutdown_timeout, ready=ready)
+            run(create_app(thread, names), thread, listener, shutdown_timeout=shutdown_timeout, ready=ready)
     except ModuleNotFoundError as error:
         if error.name not in _LIBRARIES:
             raise

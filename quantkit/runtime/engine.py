@@ -23,7 +23,7 @@ from quantkit.runtime.decoders import decoder_of
 from quantkit.runtime.detokenizer import TextStream
 from quantkit.runtime.loader import load
 from quantkit.runtime.lora import attach
-from quantkit.runtime.matcher import Compiler
+from quantkit.runtime.matcher import Compiler, Matcher
 from quantkit.runtime.options import NGRAM, EngineOptions
 from quantkit.runtime.outputs import Completion, RequestOutput
 from quantkit.runtime.rope import freeze
@@ -141,9 +141,12 @@ class Engine:
 
     def add(
         self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "",
-        salt: str = "", lora: str | None = None,
+        salt: str = "", lora: str | None = None, matcher: Matcher | None = None,
     ) -> RequestOutput:  # fmt: skip
         """Queue a request; the output returned is filled in as steps are taken.
+
+        Args:
+            matcher: what the compiler made of the parameters' structure, where that was done before.
 
         Raises:
             RequestError: the prompt is empty or too long, its ids or the parameters are out of range, the id is taken, the queue is full, or
@@ -157,7 +160,8 @@ class Engine:
         ids = self.encode(prompt)
         self._check(ids, params)
         params = self._bounded(params, len(ids))
-        matcher = self.compiler.compile(params.structure) if params.structure else None
+        if params.structure is not None and matcher is None:
+            matcher = self.compiler.compile(params.structure)
         seed = self._random.randrange(_SEEDS) if params.seed is None else params.seed
         sequences = [
             Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, lora or "", seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS)

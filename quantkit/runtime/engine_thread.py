@@ -16,6 +16,7 @@ from itertools import count
 
 from quantkit.errors import BusyError, EngineError
 from quantkit.runtime.engine import Engine
+from quantkit.runtime.matcher import Matcher
 from quantkit.runtime.outputs import RequestOutput
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.stream import Stream
@@ -70,16 +71,21 @@ class EngineThread:
         return self._error or "the engine has stopped"
 
     async def submit(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int = 0, tenant: str = "", salt: str = ""
-    ) -> Stream:
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int = 0, tenant: str = "", salt: str = "",
+        lora: str | None = None, matcher: Matcher | None = None,
+    ) -> Stream:  # fmt: skip
         """Start generating for all of the prompts, given as token ids, or for none of them.
+
+        Args:
+            matcher: of the parameters' structure, compiled by the caller so that no step waits for it.
 
         Raises:
             RequestError: the engine refuses a prompt or the parameters; BusyError: the queue is full, or the engine ends its work.
             EngineError: the engine is dead.
         """
         stream = Stream(asyncio.get_running_loop(), self._cancel)
-        add = partial(self._add, stream, prompts, params, priority, tenant, salt)
+        start = partial(self.engine.add, params=params, priority=priority, tenant=tenant, salt=salt, lora=lora, matcher=matcher)
+        add = partial(self._add, stream, prompts, start)
         with self._wake:
             if self._is_draining:
                 raise BusyError(CLOSED)
@@ -125,12 +131,12 @@ class EngineThread:
             job()
         return not is_stopping
 
-    def _add(self, stream: Stream, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int, tenant: str, salt: str) -> None:
+    def _add(self, stream: Stream, prompts: Sequence[Sequence[int]], start: Callable[..., RequestOutput]) -> None:
         outputs: dict[str, RequestOutput] = {}
         try:
             for prompt in prompts:
                 request_id = f"request-{next(self._ids)}"
-                outputs[request_id] = self.engine.add(prompt, params, request_id=request_id, priority=priority, tenant=tenant, salt=salt)
+                outputs[request_id] = start(prompt, request_id=request_id)
         except Exception as error:  # of this request alone: the engine keeps nothing of one that it did not take
             for request_id in outputs:
                 self.engine.cancel(request_id)

@@ -63,14 +63,17 @@ class LLM:
             raise
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, lora: str | None = None, **settings: Any) -> Iterator[str]:
         """The first continuation of a prompt, piece by piece; leaving the iterator cancels the request.
+
+        Args:
+            lora: the adapter to take.
 
         Raises:
             RequestError: the prompt or a parameter cannot be served.
             EngineError: the request failed on its way, such as by logits that are not finite.
         """
-        output = self.engine.add(prompt, _params(params, settings), request_id=f"request-{next(self._ids)}")
+        output = self.engine.add(prompt, _params(params, settings), request_id=f"request-{next(self._ids)}", lora=lora)
         first, shown = output.completions[0], 0
         try:
             while not output.is_finished or shown < len(first.text):

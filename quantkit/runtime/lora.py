@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,17 @@ class AdaptedLinear(nn.Module):
                 tokens = x.reshape(-1, x.shape[-1])[rows]
                 y.view(-1, y.shape[-1]).index_add_(0, rows, up(down(tokens)).to(y.dtype))
         return y
+
+
+def check(folders: Iterable[str]) -> None:
+    """Refuse, before a model is loaded, what holds no adapter for any.
+
+    Raises:
+        SourceError: as `attach`, for what can be seen without the model.
+    """
+    for folder in map(Path, folders):
+        _config(folder)
+        _file(folder)
 
 
 def attach(loaded: LoadedModel, folders: Mapping[str, str], mode: ops.Mode) -> None:
@@ -84,6 +95,8 @@ def _config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SourceError(f"{file} cannot be read, so {folder} is no PEFT adapter: {error}") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{file} holds no JSON object, so {folder} is no PEFT adapter")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise SourceError(f"{folder} is an adapter of type {kind}; LORA is run")
@@ -98,12 +111,17 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _file(folder: Path) -> Path:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         is_pickle = (folder / "adapter_model.bin").exists()
         hint = "; its adapter_model.bin is a pickle, which runs code when opened: save it as safetensors" if is_pickle else ""
         raise SourceError(f"{folder} has no adapter_model.safetensors{hint}")
+    return file
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    file = _file(folder)
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

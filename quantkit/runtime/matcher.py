@@ -5,17 +5,20 @@ llguidance does it; its own limits bound the memory and time of a grammar and of
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TookTooLong
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.errors import RequestError
+from quantkit.errors import BusyError, RequestError
 from quantkit.runtime.structure import Structure
 
 COMPILE_SECONDS = 10.0
@@ -27,6 +30,7 @@ STACK_BYTES = 256 << 20
 """Of the threads that compile: the library follows rules into rules, and thousands of them would break through the usual stack."""
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 """Between the parts of JSON: bounded, lest a model never come back from it."""
+_BUSY = "too many structures are being compiled already; try again later"
 
 
 class Matcher:
@@ -79,14 +83,11 @@ class Compiler:
     """
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, eos: frozenset[int], seconds: float = COMPILE_SECONDS) -> None:
-        try:
-            import llguidance
-            from llguidance.hf import from_tokenizer
-        except ImportError as error:
-            raise RequestError("structured output needs llguidance; install quantkit[structured]") from error
+        self._library, self._vocabulary, self._eos, self._seconds = _llguidance(), vocabulary, eos, seconds
+        from llguidance.hf import from_tokenizer
+
         if not eos:
             raise RequestError("structured output needs an end of text, and the model names none")
-        self._library, self._vocabulary, self._eos, self._seconds = llguidance, vocabulary, eos, seconds
         try:
             self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(eos))
         except ValueError as error:
@@ -99,26 +100,39 @@ class Compiler:
         """A matcher at its beginning.
 
         Raises:
-            RequestError: the structure cannot be compiled, nothing fits it, it takes too long, or too many others are being compiled.
+            RequestError: the structure cannot be compiled, nothing fits it, or it takes too long; BusyError: too many others are being compiled.
         """
-        task = self._task(structure)
+        return self._result(structure, self._task(structure), self._seconds)
+
+    async def compile_beside(self, structure: Structure) -> Matcher:
+        """The same for callers in event loops, which go on meanwhile."""
+        task, loop, is_done = self._task(structure), asyncio.get_running_loop(), asyncio.Event()
+
+        def tell(_: Future[Matcher]) -> None:
+            with suppress(RuntimeError):  # the caller's loop is closed, so nobody waits any more
+                loop.call_soon_threadsafe(is_done.set)
+
+        task.add_done_callback(tell)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(is_done.wait(), self._seconds)
+        return self._result(structure, task, 0)
+
+    def _result(self, structure: Structure, task: Future[Matcher], seconds: float) -> Matcher:
         try:
-            return task.result(self._seconds).copy()
-        except TookTooLong as error:
-            task.cancel()
-            raise RequestError(f"the {structure.kind} takes more than {self._seconds:g} seconds to compile; give a simpler one") from error
+            return task.result(seconds).copy()
+        except (TookTooLong, CancelledError) as error:
+            if task.cancel():  # it never began
+                raise BusyError(_BUSY) from error
+            raise RequestError(_too_slow(structure, self._seconds)) from error
 
     def _task(self, structure: Structure) -> Future[Matcher]:
         with self._lock:
             task = self._found.get(structure)
             if task is None or _has_failed(task):
                 if sum(not each.done() for each in self._found.values()) >= NUM_PENDING:
-                    raise RequestError(f"{NUM_PENDING} structures are being compiled already; try again later")
-                usual = threading.stack_size(STACK_BYTES)
-                try:
+                    raise BusyError(_BUSY)
+                with _deep_stacks():
                     task = self._found[structure] = self._threads.submit(self._compiled, structure)
-                finally:
-                    threading.stack_size(usual)
             self._found.move_to_end(structure)
             done = [each for each in self._found if self._found[each].done()]
             for old in done[: max(0, len(self._found) - NUM_KEPT)]:
@@ -137,6 +151,47 @@ class Compiler:
         if not matcher.allowed().any():
             raise RequestError(f"nothing fits the {structure.kind}: {matcher.error or 'it allows no first token'}")
         return matcher
+
+
+def require_compilable(structure: Structure) -> None:
+    """Refuse what compiles for no model, before one is loaded.
+
+    Raises:
+        RequestError: it does not compile, or llguidance is not installed.
+    """
+    matcher_of = _llguidance().LLMatcher
+    with _deep_stacks():
+        task = ThreadPoolExecutor(1).submit(lambda: matcher_of.validate_grammar(_grammar(matcher_of, structure)))
+    try:
+        complaint = task.result(COMPILE_SECONDS)
+    except TookTooLong as error:
+        raise RequestError(_too_slow(structure, COMPILE_SECONDS)) from error
+    except ValueError as error:
+        complaint = str(error)
+    if complaint:
+        raise RequestError(f"the {structure.kind} does not compile: {_first_line(complaint)}")
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise RequestError("structured output needs llguidance; install quantkit[structured]") from error
+    return llguidance
+
+
+@contextmanager
+def _deep_stacks() -> Iterator[None]:
+    """Of threads that are started within the body."""
+    usual = threading.stack_size(STACK_BYTES)
+    try:
+        yield
+    finally:
+        threading.stack_size(usual)
+
+
+def _too_slow(structure: Structure, seconds: float) -> str:
+    return f"the {structure.kind} takes more than {seconds:g} seconds to compile; give a simpler one"
 
 
 def _has_failed(task: Future[Matcher]) -> bool:

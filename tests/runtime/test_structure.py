@@ -7,15 +7,16 @@ import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from quantkit.errors import RequestError
+from quantkit.errors import BusyError, RequestError
 from quantkit.runtime.llm import LLM
-from quantkit.runtime.matcher import Compiler
+from quantkit.runtime.matcher import Compiler, require_compilable
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.structure import Structure
 from tests.conversion.conftest import save_tiny
@@ -118,6 +119,13 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "a schema that is a number": ("json_schema", "3", "give a JSON object"),
     "no choices": ("choice", "[]", "give a JSON array of strings"),
     "too long": ("regex", "a" * 70000, "has 70,000 characters; give at most 65,536"),
+    "a schema that is true": ("json_schema", "true", "give a JSON object"),
+    "too many remainders": ("json_schema", '{"items": {"multipleOf": 300007}}', "json_schema: multipleOf, .* above 20,000 units of its last"),
+    "too many together": ("json_schema", '{"anyOf": [{"multipleOf": 9001}, {"multipleOf": 0.7}]}', "or what several have in common, is above"),
+    "too many for any number": ("json_schema", '{"a": {"multipleOf": 1e-300}, "multipleOf": 7}', "multipleOf"),
+    "too many, with zeros behind": ("json_schema", '{"multipleOf": 19999000}', "multipleOf"),
+    "too many in a grammar": ("grammar", 'start: %json {"multipleOf": 300007}', "grammar: multipleOf"),
+    "a grammar's schema that is no JSON": ("grammar", "start: %json { // }", "a %json without JSON behind it"),
     "a type that is none": ("json_schema", '{"type": "nope"}', "the json_schema does not compile: Invalid type: nope"),
     "a schema that nothing fits": ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}', r"minimum \(5\) is greater than maximum"),
     "what is not implemented": ("json_schema", '{"not": {}}', "Unimplemented keys"),
@@ -177,6 +185,13 @@ def test_thousands_of_rules_within_rules_break_no_stack(llm: LLM) -> None:
     assert llm.engine.compiler.compile(Structure("grammar", f'start: a0\n{rules}a3000: "y"')).allowed().any()
 
 
+def test_multiples_that_are_small_in_their_last_place_are_taken(llm: LLM) -> None:
+    for multiples in ([7, 0.01], [1e4], [19999], [0.125]):
+        require_compilable(Structure.schema({"anyOf": [{"type": "number", "multipleOf": each} for each in multiples]}))
+    sevenths = Structure.schema({"type": "integer", "multipleOf": 7, "minimum": 1000, "maximum": 9999})
+    assert all(int(text) % 7 == 0 for text in texts(llm, sevenths, 4))
+
+
 def compiler(llm: LLM, seconds: float) -> Compiler:
     return Compiler(llm.engine.tokenizer, vocabulary=4096, eos=llm.engine.eos, seconds=seconds)
 
@@ -192,6 +207,41 @@ def test_a_structure_that_takes_too_long_is_refused_in_time(llm: LLM, monkeypatc
     assert time.monotonic() - began < 5
     released.set()
     assert Compiler._task(slow, Structure("regex", "abc")).result(20).allowed().any()
+
+
+def test_who_waits_behind_others_is_told_to_come_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, released = compiler(llm, 0.3), threading.Event()
+    monkeypatch.setattr(Compiler, "_compiled", lambda self, structure: released.wait(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        texts = ("first", "second", "third", "third")  # two threads compile; one caller of the third gives it up while the other waits
+        tasks = [pool.submit(slow.compile, Structure("regex", text)) for text in texts]
+        errors = [task.exception() for task in tasks]
+    released.set()
+
+    assert [type(error) for error in errors[:2]] == [RequestError] * 2 and [type(error) for error in errors[2:]] == [BusyError] * 2
+
+
+def test_what_compiles_for_no_model_is_refused_without_one() -> None:
+    for kind, text, message in REFUSED.values():
+        if "does not compile" in message:
+            with pytest.raises(RequestError, match=message):
+                require_compilable(Structure(kind, text))  # type: ignore[arg-type]
+    rules = "".join(f'a{i}: "x" a{i + 1}\n' for i in range(3000))
+    for structure in (Structure("grammar", f'start: a0\n{rules}a3000: "y"'), Structure.schema(PERSON), Structure.choice(["a"])):
+        require_compilable(structure)
+
+
+def test_what_was_compiled_before_is_not_compiled_by_the_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = Structure("regex", "[ab]{4}")
+    matcher = llm.engine.compiler.compile(structure)
+    monkeypatch.setattr(Compiler, "compile", lambda self, structure: pytest.fail("compiled again"))
+
+    out = llm.engine.add("Tell me", SamplingParams(structure=structure, n=2, **WILD), request_id="handed", matcher=matcher)
+    while llm.engine.has_work:
+        llm.engine.step()
+
+    assert all(re.fullmatch("[ab]{4}", c.text) for c in out.completions) and not matcher.is_complete
 
 
 def test_equal_structures_are_compiled_once_and_do_not_share_their_place(llm: LLM) -> None:

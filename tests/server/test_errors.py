@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "too many continuations": ({"prompt": ["a"] * 500, "n": 3}, "n", "more than 1024 continuations"),
     "more than run at once": ({"n": 128, "prompt": "a"}, None, "sequences run at once"),
     "half a character": ({"prompt": "a\ud800"}, "prompt", "half of a surrogate pair"),
-    "not yet": ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+    "not yet": ({"guided_json": {"type": "object"}}, "guided_json", "not supported yet"),
     "suffix": ({"suffix": "the end"}, "suffix", "not supported yet"),
     "misspelt": ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
     "half a field": ({"a\ud800": 1}, None, "the body: "),
@@ -64,7 +64,6 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "no content": ({"messages": [{"role": "user"}]}, "content: Field required"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported yet"),
     "tool calls": ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "'tool_calls' are not supported yet"),
-    "schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format is not supported yet"),
     "top without logprobs": ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
 }  # fmt: skip
 

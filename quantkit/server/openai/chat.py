@@ -25,9 +25,9 @@ router = APIRouter()
 async def chat(body: ChatRequest, request: Request) -> Response:
     started = time.monotonic()
     served: Served = request.app.state.served
-    answer = _Answer(body, served)
+    answer, params = _Answer(body, served), body.params()
     prompt = await served.tokenize(lambda: served.thread.engine.encode_chat([message.turn for message in body.messages]))
-    generation = await served.generate([prompt], body.params(), started)
+    generation = await served.generate([prompt], params, started, model=body.model, form=body.form)
     return await respond(request, generation, answer, stream=bool(body.stream))
 
 

@@ -25,9 +25,9 @@ router = APIRouter()
 async def complete(body: CompletionRequest, request: Request) -> Response:
     started = time.monotonic()
     served: Served = request.app.state.served
-    answer = _Answer(body, served)
+    answer, params = _Answer(body, served), body.params()
     prompts = await served.tokenize(lambda: [served.thread.engine.encode(prompt) for prompt in body.prompt])
-    generation = await served.generate(prompts, body.params(), started)
+    generation = await served.generate(prompts, params, started, model=body.model, form=body.form)
     return await respond(request, generation, answer, stream=bool(body.stream))
 
 

@@ -1,4 +1,4 @@
-"""GET /v1/models: what is served, under every name it goes by."""
+"""GET /v1/models: what is served, under every name it goes by, and its adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ router = APIRouter()
 @router.get("/v1/models")
 async def models(request: Request) -> ModelList:
     served: Served = request.app.state.served
-    return ModelList(data=[_card(served, name) for name in served.names])
+    return ModelList(data=[_card(served, name) for name in (*served.names, *served.adapters)])
 
 
 @router.get("/v1/models/{name:path}")
@@ -23,4 +23,11 @@ async def model(name: str, request: Request) -> ModelCard:
 
 
 def _card(served: Served, name: str) -> ModelCard:
-    return ModelCard(id=name, created=served.created, max_model_len=served.thread.engine.scheduler.max_length)
+    is_adapter, engine = name in served.adapters, served.thread.engine
+    return ModelCard(
+        id=name,
+        created=served.created,
+        root=served.adapters[name] if is_adapter else engine.loaded.name,
+        parent=served.names[0] if is_adapter else None,
+        max_model_len=engine.scheduler.max_length,
+    )

@@ -5,6 +5,7 @@ A field that would change the answer and is not done yet is refused by name, as 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from quantkit.errors import did_you_mean
 from quantkit.runtime.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOPS, SamplingParams
 from quantkit.server.errors import ApiError
+from quantkit.server.openai.form import Form, ResponseFormat, StructuredOutputs, form_of
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
@@ -20,13 +22,12 @@ _HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"
 })  # fmt: skip
 _NOT_YET = frozenset({
-    "tools", "tool_choice", "functions", "function_call", "response_format", "modalities", "audio", "prediction", "reasoning_effort", "verbosity",
-    "web_search_options", "suffix", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "chat_template",
+    "tools", "tool_choice", "functions", "function_call", "modalities", "audio", "prediction", "reasoning_effort", "verbosity",
+    "web_search_options", "suffix", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "chat_template",
     "chat_template_kwargs", "prompt_logprobs", "bad_words", "priority", "cache_salt", "use_beam_search",
 })  # fmt: skip
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},), "tool_choice": ("none",), "tools": ([],), "modalities": (["text"],), "use_beam_search": (False,),
-    "suffix": ("",),
+    "tool_choice": ("none",), "tools": ([],), "modalities": (["text"],), "use_beam_search": (False,), "suffix": ("",),
 }  # fmt: skip
 
 
@@ -106,6 +107,8 @@ class _Request(BaseModel):
     ignore_eos: bool | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(None, ge=1, le=MAX_N)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _knows_its_fields(self) -> _Request:
@@ -123,8 +126,14 @@ class _Request(BaseModel):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @cached_property
+    def form(self) -> Form | None:
+        """Raises ApiError where it is too large or not what its kind calls for."""
+        return form_of(self.response_format, self.structured_outputs)
+
     def params(self, **others: Any) -> SamplingParams:
         """Raises RequestError for what does not go together."""
+        others["structure"] = self.form and self.form.structure
         given = {name: value for name in _OWN if (value := getattr(self, name)) is not None} | others
         given["top_k"] = max(0, given.get("top_k", 0))
         return SamplingParams(**given, stop=tuple(self.stop), stop_token_ids=frozenset(self.stop_token_ids or ()))

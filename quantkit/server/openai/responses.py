@@ -108,12 +108,20 @@ class ChatChunk(_Response):
 
 
 class ModelCard(BaseModel):
-    """max_model_len is vLLM's: tokens of prompt and answer."""
+    """The last three are vLLM's.
+
+    Attributes:
+        root: where it was loaded from.
+        parent: the model that an adapter is put on.
+        max_model_len: tokens of prompt and answer.
+    """
 
     id: str
     object: str = "model"
     created: int
     owned_by: str = "quantkit"
+    root: str
+    parent: str | None = None
     max_model_len: int
 
 
