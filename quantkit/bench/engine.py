@@ -69,6 +69,18 @@ def first_token(llm: LLM, prompt: list[int]) -> float:
     return time.perf_counter() - started
 
 
+def decode_rate(llm: LLM, prompt: list[int], num_output: int) -> float:
+    """Tokens a second behind the first one, of one request alone."""
+    engine = llm.engine
+    output = engine.add(prompt, SamplingParams(max_tokens=num_output + 1, temperature=0, ignore_eos=True), request_id="bench-decode")
+    while not output.completions[0].token_ids:
+        engine.step()
+    started = time.perf_counter()
+    while not output.is_finished:
+        engine.step()
+    return num_output / (time.perf_counter() - started)
+
+
 def prefix_hit(llm: LLM, length: int, vocabulary: int, *, tail: int = 16, repeats: int = 3) -> tuple[float, float]:
     """Seconds to the first token of a prompt nobody has asked, and of one whose first `length` tokens somebody has; the best of some repeats."""
     cold, warm = [], []

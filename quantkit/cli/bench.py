@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import click
+
+if TYPE_CHECKING:
+    from quantkit.bench.compare_engines import Comparison
 
 
 @click.group()
@@ -40,31 +46,58 @@ def convert(only: str | None, work: str | None, as_json: bool) -> None:
             )
 
 
+def _comparison(command: Callable[..., None]) -> Callable[..., None]:
+    """SOURCE and the options of a comparison with other engines."""
+    for option in reversed((
+        click.argument("source", default="1b"),
+        click.option("--output", "num_output", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate for each."),
+        click.option("--threads", type=click.IntRange(1), default=2, show_default=True),
+        click.option("--mode", type=click.Choice(["fast", "exact", "int8"]), default="fast", show_default=True),
+        click.option("--llama-cpp", type=click.Path(exists=True, file_okay=False), help="Folder of llama.cpp's tools, to measure those too."),
+        click.option("--work", type=click.Path(exists=True, file_okay=False), help="Folder where the models are kept that are made (8 GB for 1b)."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _compare(source: str, threads: int, mode: str, llama_cpp: str | None, work: str | None) -> Comparison:
+    from pathlib import Path
+
+    from quantkit.bench.compare_engines import Comparison
+
+    return Comparison(source, threads, mode, Path(llama_cpp) if llama_cpp else None, Path(work) if work else None)
+
+
+def _counts(context: click.Context, option: click.Parameter, text: str) -> list[int]:
+    counts = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise click.BadParameter(f"{text!r} is no list of whole numbers of at least 1, as 1,8,32", context, option)
+    return [int(count) for count in counts]
+
+
 @bench.command()
-@click.argument("source", default="1b")
-@click.option("--requests", default="8,32", show_default=True, help="Requests at once, as 1,8,32.")
-@click.option("--prompt", "num_prompt", default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--output", "num_output", default=64, show_default=True, help="Tokens to generate for each.")
-@click.option("--threads", default=2, show_default=True)
-@click.option("--mode", type=click.Choice(["fast", "exact", "int8"]), default="fast", show_default=True)
+@_comparison
+@click.option("--requests", default="8,32", show_default=True, callback=_counts, help="Requests at once, as 1,8,32.")
+@click.option("--prompt", "num_prompt", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--transformers/--no-transformers", default=True, help="Measure transformers' generate on the unquantized model too.")
-@click.option("--llama-cpp", type=click.Path(exists=True, file_okay=False), help="Folder of llama.cpp's tools, to measure those too.")
-@click.option("--work", type=click.Path(exists=True, file_okay=False), help="Folder for the models that are made (12 GB for 1b).")
-def throughput(
-    source: str, requests: str, num_prompt: int, num_output: int, threads: int, mode: str, transformers: bool, llama_cpp: str | None, work: str | None
-) -> None:
+def throughput(requests: list[int], num_prompt: int, num_output: int, transformers: bool, **setting: Any) -> None:
     """Tokens a second of many requests at once: an unquantized Llama SOURCE, as it is and in 4 bits.
 
     SOURCE is a model, or `1b` for random weights of Llama-3.2-1B's shape.
     """
-    from pathlib import Path
+    for line in _compare(**setting).throughput(requests, num_prompt, num_output, with_transformers=transformers):
+        click.echo(line)
 
-    from quantkit.bench.compare_engines import compare
 
-    for line in compare(
-        source, [int(n) for n in requests.split(",")], num_prompt, num_output, threads=threads, mode=mode, with_transformers=transformers,
-        tools=Path(llama_cpp) if llama_cpp else None, work=Path(work) if work else None,
-    ):  # fmt: skip
+@bench.command()
+@_comparison
+@click.option("--prompt", "num_prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt.")
+def latency(num_prompt: int, num_output: int, **setting: Any) -> None:
+    """One request: prompt and output tokens a second, and the time to the first token with a cached beginning.
+
+    SOURCE is an unquantized Llama model, run as it is and in 4 bits, or `1b` for random weights of Llama-3.2-1B's shape.
+    """
+    for line in _compare(**setting).latency(num_prompt, num_output):
         click.echo(line)
 
 

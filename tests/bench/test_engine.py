@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
-from quantkit.bench.compare_engines import compare
+from quantkit.bench.compare_engines import Comparison
 from quantkit.bench.engine import make_prompts, prefix_hit, throughput
 from quantkit.bench.llama_cpp_peer import write_gguf
 from quantkit.bench.random_checkpoint import write_random_checkpoint
@@ -39,16 +40,26 @@ def test_a_cached_prefix_is_measured_as_one(llm: LLM) -> None:
     assert llm.engine.stats.num_cached_tokens - before == 2 * 64 and cold > 0 and warm > 0
 
 
-def test_every_row_of_the_comparison_is_there(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    try:
-        lines = list(compare("reference", [1, 2], 8, 3, threads=1, mode="fast", with_transformers=True, tools=None, work=tmp_path))
-    finally:
-        torch.set_num_threads(threads)
+def rows_of(lines: Iterable[str]) -> list[str]:
+    return [line.split("|")[1].strip() for line in lines if line.startswith("| ") and not line.startswith("| what")]
 
-    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ") and not line.startswith("| what")]
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Iterator[Comparison]:
+    threads = torch.get_num_threads()
+    yield Comparison("reference", threads=1, mode="fast", work=tmp_path)
+    torch.set_num_threads(threads)
+
+
+def test_every_row_of_the_comparison_is_there_and_its_models_are_kept(comparison: Comparison, tmp_path: Path) -> None:
+    rows = rows_of(comparison.throughput([1, 2], 8, 3, with_transformers=True))
+
     assert [rows.count(name) for name in ("quantkit, 4 bits", "quantkit, unquantized", "transformers generate, one by one, bfloat16")] == [2, 2, 2]
-    assert [folder.name for folder in (tmp_path / "reference").iterdir()] == ["w4"]
+    assert sorted(folder.name for folder in (tmp_path / "reference").iterdir()) == ["dense", "w4"]
+
+
+def test_latencies_are_of_both_models(comparison: Comparison) -> None:
+    assert rows_of(comparison.latency(16, 3)) == ["quantkit, 4 bits", "quantkit, unquantized"]
 
 
 def test_the_gguf_peer_holds_the_models_weights(tmp_path: Path) -> None:
