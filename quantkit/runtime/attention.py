@@ -123,7 +123,7 @@ def _attend(
         return torch.zeros(1, *q.shape[:2], width, dtype=q.dtype, device=q.device), None
     assert context is not None, "attention outside a step"
     layer = context.cache.layers[module.layer_idx]
-    ops.store_kv(layer.k, layer.v, k, v, context.slots, layer.k_scale, layer.v_scale)
+    ops.store_kv(layer.k, layer.v, k, v, context.slots, layer.k_scale, layer.v_scale, layer.fixed_scales)
     found = ops.paged_attention(
         q, layer.k, layer.v, layer.k_scale, layer.v_scale, context.tables, context.sequence, context.position,
         scale=scale, window=sliding_window or 0, softcap=softcap or 0.0, sinks=s_aux,

@@ -14,7 +14,8 @@ import torch
 from quantkit.errors import EngineError, SourceError, UsageError
 from quantkit.models.tokenizer import load_tokenizer
 from quantkit.runtime.attention import probe_layers
-from quantkit.runtime.kv_cache import CacheLayout, kv_dtype
+from quantkit.runtime.kv_cache import CacheLayout
+from quantkit.runtime.kv_type import fixed_scales, kv_type
 from quantkit.runtime.loader import LoadedModel, load
 from quantkit.runtime.options import NGRAM, EngineOptions
 from quantkit.runtime.rope import freeze
@@ -55,9 +56,11 @@ def _generation_config(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def layout_of(loaded: LoadedModel, options: EngineOptions) -> CacheLayout:
-    """Raises SourceError where some layers keep nothing that can be paged."""
-    dtype = kv_dtype(options.kv_cache_dtype, torch.float32 if options.mode == "exact" else loaded.dtype)
-    return CacheLayout(tuple(probe_layers(loaded.model)), options.block_size, dtype, loaded.device)
+    """Raises SourceError where some layers keep nothing that can be paged, and what `kv_type` raises."""
+    own = torch.float32 if options.mode == "exact" else loaded.dtype
+    dtype = kv_type(options.kv_cache_dtype, loaded.kv_scales, source=loaded.name, model_dtype=own)
+    shapes = tuple(probe_layers(loaded.model))
+    return CacheLayout(shapes, options.block_size, dtype, loaded.device, fixed_scales(dtype, loaded.kv_scales, shapes, loaded.device))
 
 
 def load_draft(target: LoadedModel, tokenizer: Any, options: EngineOptions) -> LoadedModel | None:
