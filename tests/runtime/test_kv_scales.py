@@ -14,7 +14,7 @@ import pytest
 import torch
 from quantkit_kernels import reference as kernels
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 import quantkit
 from quantkit.cli import main
@@ -22,9 +22,9 @@ from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.runtime.llm import LLM
 from tests.conversion.conftest import edit_config, edit_tensors, save_tiny
+from tests.runtime.conftest import dequantized_model
 from tests.runtime.test_engine import engine, greedy
 
 LAYERS, HEADS = 6, 2
@@ -85,12 +85,7 @@ def rounded_attention(scales: Scales) -> Iterator[str]:
 
 
 def logprobs_by_transformers(folder: Path, scales: Scales, prompts: list[list[int]]) -> Tensor:
-    opened, config = OpenedCheckpoint(folder), AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    weights = {name: opened.get(name).float() for name in opened.names if not name.endswith("_scale")}
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
+    model = dequantized_model(folder)
     with rounded_attention(scales) as name, torch.no_grad():
         model.set_attn_implementation(name)
         rows = [model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1) for prompt in prompts]
@@ -104,13 +99,13 @@ def logprobs_of(llm: LLM, prompts: list[list[int]]) -> Tensor:
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("per_head", [False, True], ids=["one a tensor", "one a head"])
 def test_the_cache_holds_what_the_checkpoints_scales_round_to(
-    per_head: bool, kv_cache_dtype: str, checkpoint: Callable[..., Path], prompts: list[list[int]]
+    per_head: bool, kv_cache_dtype: str, plain: Path, checkpoint: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
     scales = scales_of(per_head=per_head)
     folder = checkpoint(PER_HEAD if per_head else SCHEME, scales)
     llm = engine(folder, kv_cache_dtype=kv_cache_dtype, max_chunk=17)
 
-    found, expected = logprobs_of(llm, prompts[:8]), logprobs_by_transformers(folder, scales, prompts[:8])
+    found, expected = logprobs_of(llm, prompts[:8]), logprobs_by_transformers(plain, scales, prompts[:8])
 
     assert {layer.k.dtype for layer in llm.engine.cache.layers} == {torch.float8_e4m3fn}
     apart = (found - expected).abs()  # a value at the border of two codes may fall to the other one, which later tokens see
