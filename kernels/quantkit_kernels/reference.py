@@ -13,8 +13,9 @@ _WEIGHTS_AT_ONCE = 1 << 20
 
 
 def store_kv(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None
-) -> None:
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    fixed_scales: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write keys and values of tokens to their slots.
 
     Args:
@@ -23,11 +24,13 @@ def store_kv(
         k, v: [T, kv_heads, head_dim].
         slots: int64 [T], block * block_size + place in the block.
         k_scale, v_scale: float32 [blocks, kv_heads, block_size] of an 8-bit cache: one scale a token and head.
+        fixed_scales: float32 [kv_heads] of keys and of values, to be taken for every token in place of its own largest magnitude.
     """
     block, at = slots // k_cache.shape[3], slots % k_cache.shape[3]
-    for cache, scales, x, is_key in ((k_cache, k_scale, k, True), (v_cache, v_scale, v, False)):
+    fixed_k, fixed_v = fixed_scales or (None, None)
+    for cache, scales, fixed, x, is_key in ((k_cache, k_scale, fixed_k, k, True), (v_cache, v_scale, fixed_v, v, False)):
         if scales is not None:
-            x, scale = quantize_kv(x, cache.dtype)
+            x, scale = quantize_kv(x, cache.dtype, fixed)
             scales[block, :, at] = scale
         if is_key:
             cache[block, :, :, at] = x.to(cache.dtype)
@@ -35,10 +38,13 @@ def store_kv(
             cache[block, :, at] = x.to(cache.dtype)
 
 
-def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[T, heads, head_dim] in an 8-bit type with one float32 scale [T, heads] each: the largest magnitude takes the type's largest value."""
+def quantize_kv(x: Tensor, dtype: torch.dtype, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[T, heads, head_dim] in an 8-bit type with one float32 scale [T, heads] each: the largest magnitude takes the type's largest value.
+
+    With fixed scales [heads], values beyond the type's range take its end.
+    """
     top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    scale = x.float().abs().amax(-1).clamp(min=1e-12) / top
+    scale = x.float().abs().amax(-1).clamp(min=1e-12) / top if fixed is None else fixed.expand(x.shape[:2])
     scaled = x.float() / scale[..., None]
     return (scaled.round() if dtype == torch.int8 else scaled).clamp(-top, top).to(dtype), scale
 

@@ -16,7 +16,7 @@ _OPTIONS = (
     click.option("--quantization", help="Quantize an unquantized model while it loads: int8 or w4."),
     lora_option,
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
-    click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8, fp8."),
+    click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto (the checkpoint's own), float32, bfloat16, float16, int8, fp8."),
     click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer; the model's own by default."),
     click.option("--draft", "speculation", help="Guess tokens ahead: ngram (from the text so far), or a smaller model with the same tokenizer."),
     click.option("--num-draft-tokens", type=click.IntRange(1), default=4, show_default=True, help="Tokens to guess ahead at most."),

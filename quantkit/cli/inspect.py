@@ -50,6 +50,8 @@ def _show_totals(console: Console, summary: Summary) -> None:
     file_bpw = f", {summary.file_bpw:.3f} bits per parameter" if summary.file_bpw else ""
     linear_bpw = f"; {summary.linear_bpw:.3f} bits per weight in {len(summary.layers)} quantized layers" if summary.linear_bpw else ""
     console.print(f"size: {_size(summary.file_bytes)} in {files}{file_bpw}{linear_bpw}")
+    if summary.kv_cache:
+        console.print(f"KV cache: {summary.kv_cache}")
     for note in summary.notes:
         console.print(f"note: {note}")
 

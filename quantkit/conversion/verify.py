@@ -17,6 +17,7 @@ from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify_structure import config_problems, missing_parameters, unknown_tensors, wrong_parts
 from quantkit.conversion.verify_values import examine_layers, unlike_tensors
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageError
+from quantkit.formats.kv_scales import in_words, kv_scale_names, kv_scale_problems, kv_scheme, why_not
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.streamed import streamed, transposed_layers
 from quantkit.models.architecture import Architecture, describe, load_config
@@ -113,9 +114,22 @@ def _check_structure(opened: OpenedCheckpoint, source: OpenedCheckpoint | None, 
     owners = {name: opened.schemes.get(name.rpartition(".")[0]) for name in unknown}
     problems += [f"{name} belongs to no {scheme.name} layer" for name, scheme in owners.items() if scheme is not None]
     result.add("extra tensors", problems, words)
+    _check_kv_scales(opened, architecture, result)
     num_parts = sum(len(opened.parts(module)) for module in opened.schemes)
     result.add("layer tensors", wrong_parts(opened), f"{num_parts} tensors of {len(opened.schemes)} quantized layers have their types and shapes")
     result.add("config", config_problems(opened, architecture), _config_words(opened))
+
+
+def _check_kv_scales(opened: OpenedCheckpoint, architecture: Architecture, result: Verification) -> None:
+    scheme, names = kv_scheme(opened.reader.quantization_config), kv_scale_names(architecture)
+    if scheme is None and not names:
+        return
+    refusal = why_not(scheme)
+    problems = ([refusal] if refusal else []) + kv_scale_problems(opened, architecture)
+    if not names and scheme is not None and not scheme.get("dynamic"):
+        problems.append("kv_cache_scheme asks for fixed scales, and none are stored")
+    words = in_words(scheme) if scheme is not None else "not asked for by the config"
+    result.add("KV scales", problems, f"{words}; of {len(names)} layers" if names else words)
 
 
 def _config_words(opened: OpenedCheckpoint) -> str:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from quantkit.errors import QuantkitError
 from quantkit.formats.base import plan_shapes
 from quantkit.formats.fusion import fused_groups
+from quantkit.formats.kv_scales import kv_scale_names, kv_scheme
 from quantkit.formats.name_patterns import NamePatterns, Targets
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.stored_layers import stored_shape
@@ -40,6 +41,7 @@ def unknown_tensors(opened: OpenedCheckpoint, architecture: Architecture) -> lis
     """Tensors stored as they are that the model has no place for."""
     places = [*architecture.model.named_parameters(), *architecture.model.named_buffers()]
     known = {source for path, _ in places for source in architecture.stored.sources(path)}
+    known |= {name for pair in kv_scale_names(architecture).values() for name in pair if name}
     return [name for name in opened.dense_names if name not in known]
 
 
@@ -72,7 +74,7 @@ def config_problems(opened: OpenedCheckpoint, architecture: Architecture) -> lis
     if opened.format is None or config is None:
         return []
     if not opened.schemes:
-        return ["the config says the model is quantized, and no layer is"]
+        return [] if kv_scheme(opened.reader.quantization_config) is not None else ["the config says the model is quantized, and no layer is"]
     check = _compressed_tensors_problems if config["quant_method"] == "compressed-tensors" else _gptq_problems
     return list(check(config, opened, architecture))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,16 @@ _AT_ONCE = 1 << 18
 
 def quantize(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search: bool = True) -> QuantizedTensor:
     """A weight [N, K] of any float type on the grid that loses least, every error weighing the same, or on the one that spans its range."""
-    return _joined([_round(rows.float(), spec, scale_dtype, search=search) for rows in weight.split(_rows_at_once(weight.shape[1]))])
+    parts = (_round(rows.float(), spec, scale_dtype, search=search) for rows in weight.split(_rows_at_once(weight.shape[1])))
+    return _joined(parts, _empty(weight.shape, spec, scale_dtype, weight.device))
 
 
 def to_int8_rows(q: QuantizedTensor) -> QuantizedTensor:
     """The weight rounded again to 8 bits with one scale a row, nothing searched."""
     rows, at_once = q.shape[0], _rows_at_once(q.shape[1])
-    parts = (q.rows(start, min(start + at_once, rows)).dequantize() for start in range(0, rows, at_once))
-    return _joined([_round(part, INT8_ROWS, torch.float32, search=False) for part in parts])
+    values = (q.rows(start, min(start + at_once, rows)).dequantize() for start in range(0, rows, at_once))
+    parts = (_round(part, INT8_ROWS, torch.float32, search=False) for part in values)
+    return _joined(parts, _empty(q.shape, INT8_ROWS, torch.float32, q.codes.device))
 
 
 def _round(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search: bool) -> QuantizedTensor:
@@ -31,11 +35,25 @@ def _round(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search:
     return from_grid(spec, grid.codes(groups, spec.max_code).reshape(weight.shape), grid, scale_dtype)
 
 
-def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """Some rows after others as one tensor."""
-    zeros = [part.zero for part in parts if part.zero is not None]
-    codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
-    return QuantizedTensor(parts[0].spec, codes, scale, torch.cat(zeros) if zeros else None)
+def _empty(shape: Sequence[int], spec: QuantSpec, scale_dtype: torch.dtype, device: torch.device) -> QuantizedTensor:
+    """Room for the whole result, made before any part of it: parts kept until the end would lie between what is freed, and hold it."""
+    rows, columns = shape
+    per_group = rows, spec.num_groups(columns)
+    zero = None if spec.symmetric else torch.empty(per_group, dtype=torch.int16, device=device)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=device)
+    return QuantizedTensor(spec, codes, torch.empty(per_group, dtype=scale_dtype, device=device), zero)
+
+
+def _joined(parts: Iterable[QuantizedTensor], whole: QuantizedTensor) -> QuantizedTensor:
+    """`whole`, filled with some rows after others."""
+    at = 0
+    for part in parts:
+        of = slice(at, at := at + part.shape[0])
+        whole.codes[of], whole.scale[of] = part.codes, part.scale
+        if whole.zero is not None and part.zero is not None:
+            whole.zero[of] = part.zero
+    assert at == whole.shape[0]
+    return whole
 
 
 def _rows_at_once(columns: int) -> int:

@@ -21,6 +21,7 @@ from quantkit.errors import FormatError, RecipeError, SourceError
 from quantkit.formats.engine_rules import Stored, StoredLayer
 from quantkit.formats.engines import CONTAINERS, Verdict, verdicts
 from quantkit.formats.gguf_files import gguf_files, read_gguf_head
+from quantkit.formats.kv_scales import in_words, is_kv_scale, kv_scheme
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.stored_layers import AnyPart, main_dtype, packs_whole_words, plain_linears, quantized_linears, scale_dtype, stored_shape
 from quantkit.models.architecture import Architecture, describe, load_config
@@ -61,6 +62,7 @@ class Summary:
     Attributes:
         container: "compressed-tensors", "gptq", "awq", ...; None when nothing is quantized.
         parameters: of the whole model; None where neither decoding nor the architecture tells.
+        kv_cache: the type and scales that the checkpoint brings for its KV cache; None where it says nothing of it.
         file_bytes: of all weight files, headers included.
         is_tied: the head is the embedding and is stored once.
         notes: what a person should know, such as why the container is not decoded.
@@ -77,6 +79,7 @@ class Summary:
     file_bytes: int
     num_files: int
     is_tied: bool
+    kv_cache: str | None
     notes: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
 
@@ -133,7 +136,7 @@ def _of_opened(opened: OpenedCheckpoint) -> Summary:
         scale_dtype=scale_dtype(opened),
         packs_whole_words=packs_whole_words(opened, shapes),
     )
-    parameters = sum(layer.num_weights for layer in layers) + sum(prod(reader.info(name).shape) for name in dense)
+    parameters = sum(layer.num_weights for layer in layers) + sum(prod(reader.info(name).shape) for name in dense if not is_kv_scale(name))
     return _summary(reader, stored, layers, dense, parameters)
 
 
@@ -159,7 +162,7 @@ def _of_gguf(path: Path, files: list[Path]) -> Summary:
     notes = (reason, f"version {heads[0].version}, {sum(head.num_tensors for head in heads)} tensors, {heads[0].num_settings} settings")
     return Summary(
         str(path), "gguf", CONTAINERS["gguf"], "in the file", "in the file", (), (), None, sum(file.stat().st_size for file in files), len(files),
-        False, notes, tuple(verdicts(Stored("gguf", unread=reason))),
+        False, None, notes, tuple(verdicts(Stored("gguf", unread=reason))),
     )  # fmt: skip
 
 
@@ -186,6 +189,7 @@ def _summary(
         file_bytes=reader.total_bytes,
         num_files=len(reader.files),
         is_tied=_is_tied(reader),
+        kv_cache=_kv_cache(reader),
         notes=notes,
         verdicts=tuple(verdicts(stored)),
     )
@@ -204,6 +208,15 @@ def _is_tied(reader: CheckpointReader) -> bool:
     config = reader.config | (inner if isinstance(inner, dict) else {})
     has_head = any(name.startswith(("lm_head.", "embed_out.")) for name in reader.names)
     return bool(config.get("tie_word_embeddings", False)) and not has_head
+
+
+def _kv_cache(reader: CheckpointReader) -> str | None:
+    """What the configuration says of the cache, and whether scales are stored for it."""
+    count = sum(map(is_kv_scale, reader.names))
+    scheme = kv_scheme(reader.quantization_config)
+    if scheme is None:
+        return f"{count} scales are stored, and the config does not ask for them" if count else None
+    return f"{in_words(scheme)}; {count} stored"
 
 
 def _scheme_in_words(config: dict[str, Any]) -> str:

@@ -17,6 +17,15 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
+KV_SCALES = ("k_scale", "v_scale")
+"""Of keys and of values, beside an attention's projections; no parameters of transformers' modules."""
+_OLD_KV_SCALE = re.compile(r"\.([kv])_proj\.(?:output_scale|\1_scale)$")
+
+
+def kv_scale_name(name: str) -> str:
+    """A stored name with the older spellings of such a scale turned into today's."""
+    return _OLD_KV_SCALE.sub(r".\1_scale", name)
+
 
 @dataclass(eq=False, slots=True)
 class Conversion:
@@ -47,11 +56,12 @@ class StoredNames:
         self._stored: dict[str, str] = {}
         self._made: dict[str, Conversion] = {}
         paths = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {name for name, _ in model.named_buffers()}
+        paths |= {f"{path}.{leaf}" for path, module in model.named_modules() if hasattr(module, "layer_idx") for leaf in KV_SCALES}
         transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         for name in sorted(names, key=_natural):
-            renamed = name
+            renamed = kv_scale_name(name)
             for renaming in renamings:
                 renamed, _ = renaming.rename_source_key(renamed)
             target, matched = self._in_tree(renamed, paths), None

@@ -65,7 +65,7 @@ def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, facts: AttentionFacts, s
     cache = context.cache.layers[layer]
     if facts.value_width < q.shape[-1]:
         v = functional.pad(v, (0, q.shape[-1] - facts.value_width))
-    ops.store_kv(cache.k, cache.v, k, v, context.slots, cache.k_scale, cache.v_scale)
+    ops.store_kv(cache.k, cache.v, k, v, context.slots, cache.k_scale, cache.v_scale, cache.fixed_scales)
     found = ops.paged_attention(
         q, cache.k, cache.v, cache.k_scale, cache.v_scale, context.tables, context.sequence, context.position,
         scale=facts.scale, window=facts.window, softcap=facts.softcap, sinks=sinks,

@@ -38,7 +38,7 @@ def choose(
     drawn, others = [], []
     for each in wanted:
         sequence, draft = each.piece.sequence, drafts.get(each.piece.sequence.id)
-        is_drawn = bool(each.piece.guesses) and draft is not None and draft.weights is not None
+        is_drawn = draft is not None and bool(draft.weights)
         for one in (sequence, *sequence.siblings):
             (drawn if is_drawn else others).append(_line(one, each.piece.guesses, each.rows.stop, request_of(one)))
     chosen: dict[str, list[Sampled] | None] = _sampled(logits, others)
@@ -72,10 +72,11 @@ def _holding(tokens: list[Sampled | None], guesses: list[int]) -> list[Sampled] 
 
 
 def _verified(logits: Tensor, line: _Line, draft: Draft) -> list[Sampled] | None:
-    """Rejection sampling of guesses that were drawn; logits [guesses + 1, V]."""
+    """Rejection sampling of guesses that were drawn; logits [computed guesses + 1, V]. A guess that was not computed counts for the last row."""
     assert draft.weights is not None
-    first, proposed = line.requests[0], torch.stack(draft.weights[: len(line.guesses)])
-    tokens = verify(probabilities(logits, line.requests), line.guesses, proposed, seed=first.seed, position=len(first.output))
+    first, count = line.requests[0], len(line.requests)
+    proposed = torch.stack(draft.weights[:count])
+    tokens = verify(probabilities(logits, line.requests), draft.tokens[:count], proposed, seed=first.seed, position=len(first.output))
     if tokens is None or first.params.logprobs is None:
         return tokens and [Sampled(token, None) for token in tokens]
     logprobs = token_logprobs(logits[: len(tokens)], torch.tensor(tokens, device=logits.device), first.params.logprobs)

@@ -21,6 +21,7 @@ from quantkit.runtime.choosing import choose
 from quantkit.runtime.continuation import Continuation, Tracked
 from quantkit.runtime.decoders import decoder_of
 from quantkit.runtime.detokenizer import TextStream
+from quantkit.runtime.draft_length import DraftLength
 from quantkit.runtime.loader import load
 from quantkit.runtime.lora import attach
 from quantkit.runtime.matcher import Compiler, Matcher
@@ -33,7 +34,7 @@ from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.scheduler import Piece, Scheduler, SchedulerConfig
 from quantkit.runtime.sequence import FinishReason, Sequence
 from quantkit.runtime.set_up import context_of, end_of_text, layout_of, load_draft, num_blocks_of, tokenizer_of, warn_where_inexact
-from quantkit.runtime.speculation import DraftModel, NGram, Proposer, guess
+from quantkit.runtime.speculation import DraftModel, NGram, Proposer, guess, guess_behind, settle
 
 _log = logging.getLogger("quantkit")
 _SEEDS = 1 << 63
@@ -85,7 +86,7 @@ class Engine:
         layouts = [layout_of(model, decoder, options) for model, decoder in zip(models, decoders, strict=True)]
         num_blocks = num_blocks_of(options, self.context, sum(layout.bytes_per_block for layout in layouts), device)
         self.cache, *draft_cache = [layout.open(num_blocks) for layout in layouts]
-        self.proposer: Proposer | None = NGram(options.num_draft_tokens) if options.speculation == NGRAM else None
+        self.proposer: Proposer | None = NGram() if options.speculation == NGRAM else None
         if draft is not None:
             self.proposer = DraftModel(draft, decoders[1], draft_cache[0], eos=self.eos, width=self.loaded.vocabulary, options=options)
         scored = max(1, LOGPROBS_BYTES // (4 * self.loaded.vocabulary))
@@ -164,9 +165,10 @@ class Engine:
             matcher = self.compiler.compile(params.structure)
         seed = self._random.randrange(_SEEDS) if params.seed is None else params.seed
         sequences = [
-            Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, lora or "", seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS)
+            Sequence(f"{request_id}#{i}", list(ids), params, priority, tenant, salt, lora or "", seed=(seed + i * 0x9E3779B97F4A7C15) % _SEEDS,
+                     guessing=DraftLength(self.options.num_draft_tokens))
             for i in range(params.n)
-        ]
+        ]  # fmt: skip
         sequences[0].siblings = sequences[1:]
         completions = [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
         wants_prompt = params.prompt_logprobs is not None
@@ -198,6 +200,8 @@ class Engine:
             return []
         self.stats.num_steps += 1
         try:
+            if self.proposer:
+                drafts |= guess_behind(self.proposer, self.scheduler, batch, drafts)
             logits, wanted = self.runner.forward(batch)
         except BaseException:
             self.scheduler.give_back(batch)  # what was to be copied or computed was not
@@ -205,6 +209,7 @@ class Engine:
         for each in wanted:
             self._keep_prompt_logprobs(each, logits)
         chosen = choose(logits, [each for each in wanted if each.piece.reaches_end], self._wish, drafts)
+        settle(batch, drafts, chosen)
         touched: dict[str, Tracked] = {}
         for piece in batch.pieces:
             tracked, _ = self._request_of[piece.sequence.id]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from quantkit.errors import UsageError, did_you_mean
 KV_DTYPES = {
     "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
+
+
+FixedScales = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +28,16 @@ class LayerShape:
 
 @dataclass(eq=False, slots=True)
 class LayerCache:
-    """Keys [blocks, heads, dim, block_size], values [blocks, heads, block_size, dim]; scales [blocks, heads, block_size] where they have 8 bits."""
+    """Keys [blocks, heads, dim, block_size], values [blocks, heads, block_size, dim]; scales [blocks, heads, block_size] where they have 8 bits.
+
+    With fixed scales [heads] of keys and of values, every token's are these.
+    """
 
     k: Tensor
     v: Tensor
     k_scale: Tensor | None
     v_scale: Tensor | None
+    fixed_scales: FixedScales | None = None
 
     def copy_block(self, source: int, target: int) -> None:
         for tensor in (self.k, self.v, self.k_scale, self.v_scale):
@@ -40,19 +47,27 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """What the blocks of one model's cache are made of."""
+    """What the blocks of one model's cache are made of.
+
+    Attributes:
+        fixed_scales: a layer each, where the checkpoint carries scales for its keys and values.
+    """
 
     shapes: tuple[LayerShape, ...]
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    fixed_scales: tuple[FixedScales, ...] = field(default=(), compare=False)
 
     @property
     def bytes_per_block(self) -> int:
         return bytes_per_block(self.shapes, self.block_size, self.dtype)
 
     def open(self, num_blocks: int) -> KVCache:
-        return KVCache(self.shapes, num_blocks, self.block_size, self.dtype, self.device)
+        cache = KVCache(self.shapes, num_blocks, self.block_size, self.dtype, self.device)
+        for layer, scales in zip(cache.layers, self.fixed_scales, strict=False):
+            layer.fixed_scales = scales
+        return cache
 
 
 class KVCache:

@@ -6,7 +6,7 @@ dense weight in memory beside what is kept. An unquantized model may be quantize
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from quantkit.allocator import give_back
 from quantkit.checkpoint.source import resolve
 from quantkit.core.scheme import Scheme
 from quantkit.errors import SourceError
+from quantkit.formats.kv_scales import KVScales, read_kv_scales
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.streamed import FileOrder
 from quantkit.models.architecture import Architecture, describe, load_config
@@ -36,6 +37,7 @@ class LoadedModel:
         dtype: the type of the checkpoint's unquantized values.
         schemes: how its quantized layers are stored, by checkpoint name.
         context: the longest sequence it was made for.
+        kv_scales: what the checkpoint says of its KV cache.
     """
 
     name: str
@@ -46,6 +48,7 @@ class LoadedModel:
     schemes: dict[str, Scheme]
     context: int
     device: torch.device
+    kv_scales: KVScales = field(default_factory=KVScales)
 
     @property
     def vocabulary(self) -> int:
@@ -94,10 +97,11 @@ def load(
     linears = [linear for block in architecture.blocks for linear in block.linears] if quantization is not None else []
     at_load = {linear.path: scheme_at_load(quantization, linear.shape[1]) for linear in linears if quantization is not None}
     schemes = opened.schemes | {linear.name: at_load[linear.path] for linear in linears}
+    kv_scales = read_kv_scales(opened, architecture)
     _fill(_Weights(architecture, opened, FileOrder(opened, architecture), at_load, mode, device))
     model = architecture.model
     model.set_attn_implementation(ATTENTION)
-    return LoadedModel(origin.name, origin.folder, model, config, opened.dtype, schemes, architecture.context, device)
+    return LoadedModel(origin.name, origin.folder, model, config, opened.dtype, schemes, architecture.context, device, kv_scales)
 
 
 def _require_pageable(config: PretrainedConfig, name: str) -> None:

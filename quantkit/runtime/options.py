@@ -27,7 +27,7 @@ class EngineOptions:
         lora: folders of LoRA adapters in PEFT's format by the names that requests choose them by.
         quantization: quantize an unquantized model while it loads, from its weights alone: "int8" (one scale a row), "w4" (groups of 128 or less).
         device: "auto" takes a GPU where there is one.
-        kv_cache_dtype: auto (the model's), float32, bfloat16, float16, int8, fp8.
+        kv_cache_dtype: auto (FP8 where the checkpoint carries a scheme for it, else the model's), float32, bfloat16, float16, int8, fp8.
         kv_cache_memory: bytes for the cache; None for what the sequences can use, at most a quarter of the free memory (nine tenths on a GPU).
         block_size: tokens of a block.
         context: tokens of a sequence, at most the model's own; None for that.

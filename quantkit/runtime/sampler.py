@@ -87,7 +87,8 @@ def verify(target: Tensor, draft: Sequence[int], draft_probabilities: Tensor | N
     """Speculative sampling for one sequence (arXiv 2211.17192): the guesses that hold and one token more, distributed as if drawn one by one.
 
     Args:
-        target: float32 [k + 1, V], `probabilities` after the output and none, one, ... all k guesses.
+        target: float32 [k + 1, V] or [k, V], `probabilities` after the output and none, one, ... all k guesses, or all but the last, which was not
+            computed: its place is then drawn as if it had been.
         draft: the k guesses.
         draft_probabilities: float32 [k, V] that the guesses were drawn from, with `draft_uniform`; None for guesses that were not drawn, such as
             n-grams. Without it the tokens are the very ones that `sample` would give.
@@ -97,7 +98,7 @@ def verify(target: Tensor, draft: Sequence[int], draft_probabilities: Tensor | N
         None where a row it comes to is not sound.
     """
     sound, tokens = _sound(target), []
-    for at in range(len(draft) + 1):
+    for at in range(len(target)):
         if not sound[at]:
             return None
         weights = target[at]

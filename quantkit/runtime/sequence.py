@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from quantkit.runtime.block_pool import next_key, root_key
+from quantkit.runtime.draft_length import DraftLength
 from quantkit.runtime.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -47,6 +48,7 @@ class Sequence:
         num_computed: tokens whose keys and values lie in `blocks`.
         num_cached: tokens of the prompt that were found in the cache at the first admission.
         draft: guessed tokens behind `tokens`, to be verified in the next step.
+        guessing: how many are guessed, by how its guesses fared; num_guesses as many as the next draft is to have.
         seed: decides its draws, together with the place of the token drawn.
         level: the priority it was admitted with, which waiting has raised.
         arrival: order of arrival, and arrived_at the step of it.
@@ -69,6 +71,8 @@ class Sequence:
     num_cached: int | None = None
     num_preemptions: int = 0
     draft: list[int] = field(default_factory=list)
+    guessing: DraftLength = field(default_factory=DraftLength)
+    num_guesses: int = 0
     level: int = 0
     arrival: int = 0
     arrived_at: int = 0

@@ -15,7 +15,8 @@ from quantkit import ops
 from quantkit.errors import EngineError, SourceError, UsageError
 from quantkit.models.tokenizer import load_tokenizer
 from quantkit.runtime.decoders import Decoder
-from quantkit.runtime.kv_cache import CacheLayout, kv_dtype
+from quantkit.runtime.kv_cache import CacheLayout
+from quantkit.runtime.kv_type import fixed_scales, kv_type
 from quantkit.runtime.loader import LoadedModel, load
 from quantkit.runtime.options import NGRAM, EngineOptions
 from quantkit.runtime.rope import freeze
@@ -56,9 +57,11 @@ def _generation_config(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def layout_of(loaded: LoadedModel, decoder: Decoder, options: EngineOptions) -> CacheLayout:
-    """The blocks of a model's cache."""
-    dtype = kv_dtype(options.kv_cache_dtype, torch.float32 if options.mode == "exact" else loaded.dtype)
-    return CacheLayout(tuple(facts.shape for facts in decoder.layers), options.block_size, dtype, loaded.device)
+    """The blocks of a model's cache; raises what `kv_type` raises."""
+    own = torch.float32 if options.mode == "exact" else loaded.dtype
+    dtype = kv_type(options.kv_cache_dtype, loaded.kv_scales, source=loaded.name, model_dtype=own)
+    shapes = tuple(facts.shape for facts in decoder.layers)
+    return CacheLayout(shapes, options.block_size, dtype, loaded.device, fixed_scales(dtype, loaded.kv_scales, shapes, loaded.device))
 
 
 def warn_where_inexact(loaded: LoadedModel, layout: CacheLayout, options: EngineOptions) -> None:

@@ -1,14 +1,17 @@
 """Guesses for the next tokens of running sequences: from their own text, or from a smaller model. What a guess is worth is decided elsewhere.
 
 Guesses change how many tokens a step yields, never which tokens are likely: those from the text are held against what would have been sampled
-anyway, those drawn by a model are taken or left by rejection sampling (arXiv 2211.17192).
+anyway, those drawn by a model are taken or left by rejection sampling (arXiv 2211.17192). Where it is guessed is each sequence's own affair
+(`draft_length`): where a step has no room for a guess that was due, its place is drawn against that guess all the same.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +26,9 @@ from quantkit.runtime.loader import LoadedModel
 from quantkit.runtime.logits import SampleRequest
 from quantkit.runtime.options import EngineOptions
 from quantkit.runtime.runner import Runner
-from quantkit.runtime.sampler import draft_uniform, probabilities
+from quantkit.runtime.sampler import Sampled, draft_uniform, probabilities
 from quantkit.runtime.sampling_params import SamplingParams
-from quantkit.runtime.scheduler import Scheduler, SchedulerConfig
+from quantkit.runtime.scheduler import Batch, Scheduler, SchedulerConfig
 from quantkit.runtime.sequence import Sequence
 
 LONGEST, SHORTEST = 4, 2
@@ -46,18 +49,15 @@ class Draft:
 
 class Proposer(Protocol):
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
-        """One draft a sequence, which may be empty. The sequences stay as they are."""
+        """One draft a sequence, of `num_guesses` guesses or fewer. The sequences stay as they are."""
         ...
 
 
 class NGram:
     """Prompt lookup: what followed when the sequence's last tokens stood there before."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
-        return [Draft(look_up(sequence.tokens, self.num_tokens)) for sequence in sequences]
+        return [Draft(look_up(sequence.tokens, sequence.num_guesses)) for sequence in sequences]
 
 
 def look_up(tokens: Tokens[int], count: int) -> list[int]:
@@ -95,7 +95,7 @@ class DraftModel:
     """
 
     def __init__(self, loaded: LoadedModel, decoder: Decoder, cache: KVCache, *, eos: frozenset[int], width: int, options: EngineOptions) -> None:
-        self.num_tokens, self.eos, self.width = options.num_draft_tokens, eos, width
+        self.eos, self.width = eos, width
         self.vocabulary = loaded.vocabulary
         limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, None, loaded.context)
         self.scheduler = Scheduler(BlockPool(cache.num_blocks, cache.block_size), limits)
@@ -103,8 +103,7 @@ class DraftModel:
 
     def propose(self, sequences: list[Sequence]) -> list[Draft]:
         drafts = [Draft([], None if sequence.params.is_greedy else []) for sequence in sequences]
-        tasks = [_Task(Sequence(target.id, list(target.tokens), self._params, salt=target.salt), target, draft)
-                 for target, draft in zip(sequences, drafts, strict=True) if self._can_read(target)]  # fmt: skip
+        tasks = [_Task(self._own(target), target, draft) for target, draft in zip(sequences, drafts, strict=True) if self._can_read(target)]
         try:
             for task in tasks:
                 self.scheduler.add(task.own)
@@ -115,13 +114,12 @@ class DraftModel:
                 self.scheduler.finish(task.own, "cancelled")
         return drafts
 
-    @property
-    def _params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=self.num_tokens)
+    def _own(self, target: Sequence) -> Sequence:
+        return Sequence(target.id, list(target.tokens), SamplingParams(max_tokens=target.num_guesses), salt=target.salt)
 
     def _can_read(self, sequence: Sequence) -> bool:
-        """Whether the text with its guesses fits this model, and each of its tokens has an embedding here."""
-        return len(sequence.tokens) + self.num_tokens <= self.scheduler.max_length and max(sequence.tokens) < self.vocabulary
+        """Whether the text with all guesses of its run fits this model, and each of its tokens has an embedding here."""
+        return len(sequence.tokens) + sequence.guessing.left <= self.scheduler.max_length and max(sequence.tokens) < self.vocabulary
 
     def _step(self, tasks: dict[str, _Task]) -> None:
         batch = self.scheduler.schedule()
@@ -134,7 +132,7 @@ class DraftModel:
             name = piece.sequence.id
             token = drawn.get(name)
             self.scheduler.commit(piece, [] if token is None else [token])
-            if name in drawn and (token is None or piece.sequence.num_output == self.num_tokens):
+            if name in drawn and (token is None or piece.sequence.num_output == piece.sequence.params.max_tokens):
                 self.scheduler.finish(piece.sequence, "length")
 
     def _draw(self, logits: Tensor, tasks: list[_Task]) -> list[int | None]:
@@ -171,22 +169,53 @@ class _Task:
 
 
 def guess(proposer: Proposer, scheduler: Scheduler) -> dict[str, Draft]:
-    """Give running sequences that want one token their guesses, as many as they may still have and a step has room for; the drafts by sequence."""
+    """Give running sequences that want one token their guesses, as many as are due and a step has room for; the drafts by sequence."""
     for sequence in scheduler.running:
         sequence.draft = []
-    ready = [sequence for sequence in scheduler.running if _may_be_guessed(sequence)]
+    ready = [sequence for sequence in scheduler.running if sequence.num_wanted == 1 and _is_due(sequence, scheduler)]
     spare = scheduler.config.max_tokens - sum(sequence.num_wanted for sequence in scheduler.running)
-    share = min(spare // max(1, len(ready)), (scheduler.config.max_chunk or spare + 1) - 1)
-    limits = {sequence: limit for sequence in ready if (limit := min(share, _may_follow(sequence, scheduler.max_length))) > 0}
-    drafts = proposer.propose(list(limits)) if limits else []
-    for (sequence, limit), draft in zip(limits.items(), drafts, strict=True):
-        sequence.draft = draft.tokens[:limit]
-    return {sequence.id: draft for sequence, draft in zip(limits, drafts, strict=True)}
+    share = max(0, min(spare // max(1, len(ready)), (scheduler.config.max_chunk or spare + 1) - 1))
+    for sequence in ready:
+        is_drawn = not sequence.params.is_greedy  # then the token behind the guesses is drawn against one too
+        sequence.num_guesses = min(sequence.guessing.left, share + is_drawn)
+    drafts = _propose(proposer, [sequence for sequence in ready if sequence.num_guesses])
+    for sequence in ready:
+        if sequence.id in drafts:
+            sequence.draft = drafts[sequence.id].tokens[: min(share, sequence.guessing.left)]
+    return drafts
 
 
-def _may_be_guessed(sequence: Sequence) -> bool:
-    """Whether one token is wanted; masks of a structure come one token at a time."""
-    return sequence.num_wanted == 1 and not sequence.siblings and sequence.params.structure is None
+def guess_behind(proposer: Proposer, scheduler: Scheduler, batch: Batch, drafts: dict[str, Draft]) -> dict[str, Draft]:
+    """One guess, not to be computed, for each sequence that is drawn from in this step, has one due and got none: it was preempted before."""
+    found = [piece.sequence for piece in batch.pieces if piece.reaches_end and piece.sequence.id not in drafts]
+    late = [sequence for sequence in found if not sequence.params.is_greedy and _is_due(sequence, scheduler)]
+    for sequence in late:
+        sequence.num_guesses = 1
+    return _propose(proposer, late)
+
+
+def settle(batch: Batch, drafts: Mapping[str, Draft], chosen: Mapping[str, Tokens[Sampled] | None]) -> None:
+    """Tell the sequences how their guesses fared, before the tokens are committed."""
+    for piece in batch.pieces:
+        if piece.reaches_end:
+            draft = drafts.get(piece.sequence.id)
+            guesses = draft.tokens if draft is not None else []
+            for token, guessed in zip_longest(chosen[piece.sequence.id] or (), guesses):
+                if token is None:
+                    break
+                piece.sequence.guessing.take(None if guessed is None else token.token == guessed)
+
+
+def _propose(proposer: Proposer, sequences: list[Sequence]) -> dict[str, Draft]:
+    drafts = proposer.propose(sequences) if sequences else []
+    return {sequence.id: draft for sequence, draft in zip(sequences, drafts, strict=True)}
+
+
+def _is_due(sequence: Sequence, scheduler: Scheduler) -> bool:
+    """Whether the next token's place is guessed; the first one's is not, and masks of a structure come one token at a time."""
+    if not sequence.num_output or sequence.siblings or sequence.params.structure is not None:
+        return False
+    return sequence.guessing.decide(_may_follow(sequence, scheduler.max_length)) > 0
 
 
 def _may_follow(sequence: Sequence, max_length: int) -> int:

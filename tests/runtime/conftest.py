@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,15 @@ Greedy = Callable[[list[list[int]], int], list[Expected]]
 
 
 def greedy_by_transformers(folder: Path) -> Greedy:
+    model = dequantized_model(folder)
+
+    def generate(prompts: list[list[int]], count: int) -> list[Expected]:
+        return [greedy_of(model, prompt, count) for prompt in prompts]
+
+    return generate
+
+
+def dequantized_model(folder: Path) -> torch.nn.Module:
     """transformers' model with every weight dequantized in float32."""
     opened = OpenedCheckpoint(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -48,18 +58,17 @@ def greedy_by_transformers(folder: Path) -> Greedy:
         missing, unexpected = model.load_state_dict({name: opened.get(name).float() for name in opened.names}, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
         model.tie_weights()
-
-    def generate(prompts: list[list[int]], count: int) -> list[Expected]:
-        return [_greedy(model, prompt, count) for prompt in prompts]
-
-    return generate
+    return model
 
 
 @torch.no_grad()
-def _greedy(model: torch.nn.Module, prompt: list[int], count: int) -> Expected:
-    tokens, margins = [], []
+def greedy_of(model: torch.nn.Module, prompt: list[int], count: int) -> Expected:
+    tokens, margins, cache, fed = [], [], None, torch.tensor([prompt])
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # renamed in transformers 5.24
     for _ in range(count):
-        best = model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].float().topk(2)
+        out = model(input_ids=fed, use_cache=True, **{name: cache})
+        best = out.logits[0, -1].float().topk(2)
+        cache, fed = getattr(out, name), best.indices[None, :1]
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))
     return Expected(tokens, margins)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from quantkit.conversion.convert import convert
@@ -17,13 +20,14 @@ from quantkit.runtime.llm import LLM
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.scheduler import Piece
 from quantkit.runtime.sequence import Sequence
-from quantkit.runtime.speculation import guess, look_up
+from quantkit.runtime.speculation import Draft, guess, look_up
 from tests.conversion.conftest import edit_tensors, save_tiny
 from tests.runtime.test_engine import CUTS, engine, greedy
 from tests.runtime.test_scheduler import run, scheduler, sequence
 
 NUM_PROMPTS, NUM_TOKENS = 6, 16
 BLOCK_BYTES = 6 * 2 * 16 * 2 * 64 * 4
+TINY_BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +192,67 @@ def test_the_distribution_is_that_of_the_model_alone(speculation: str, pair: tup
     assert of_draft[0] > 5 * of_draft[1]
 
 
+SAMPLED = [
+    SamplingParams(max_tokens=26, temperature=temperature, top_p=top_p, seed=seed, ignore_eos=True)
+    for seed, (temperature, top_p) in enumerate([(1.0, 1.0), (0.7, 0.95), (1.3, 0.9), (0.3, 1.0), (1.0, 0.8), (2.0, 1.0), (0, 1.0)])
+]
+STARTS = [[3 + (5 * i + row) % 5 for i in range(4 + 3 * row)] for row in range(len(SAMPLED))]
+
+
+def sampled(llm: LLM, rows: list[int]) -> list[list[int]]:
+    outputs = [llm.engine.add(STARTS[row], SAMPLED[row], request_id=str(row)) for row in rows]
+    while llm.engine.has_work:
+        llm.engine.step()
+    llm.engine.scheduler.pool.check()
+    return [out.completions[0].token_ids for out in outputs]
+
+
+@pytest.fixture(scope="module")
+def alone(pair: tuple[Path, Path]) -> dict[str, list[list[int]]]:
+    """What each request gives by itself, by who guesses: another model, or the model itself."""
+    llms = {name: engine(pair[0], speculation=str(draft)) for name, draft in (("bad", pair[1]), ("good", pair[0]))}
+    found = {name: [sampled(llm, [row])[0] for row in range(len(SAMPLED))] for name, llm in llms.items()}
+    assert [llm.engine.stats.acceptance > 0.9 for llm in llms.values()] == [False, True]
+    return found
+
+
+@hypothesis.settings(max_examples=int(os.environ.get("QUANTKIT_TRACES", "500")) // 20, deadline=None)
+@hypothesis.given(
+    who=st.sampled_from(["bad", "good"]), rows=st.lists(st.integers(0, len(SAMPLED) - 1), min_size=1, unique=True),
+    max_tokens_per_step=st.one_of(st.integers(1, 24), st.just(2048)), max_chunk=st.one_of(st.none(), st.integers(1, 9)),
+    max_sequences=st.integers(1, 7), num_blocks=st.integers(4, 12), prefix_caching=st.booleans(),
+)  # fmt: skip
+def test_a_seed_gives_the_same_tokens_in_any_company_and_however_it_is_cut_up(
+    who: str, rows: list[int], num_blocks: int, pair: tuple[Path, Path], alone: dict[str, list[list[int]]], **options: Any
+) -> None:
+    """Chunks and small steps leave no room for guesses that are due, and few blocks preempt."""
+    draft = pair[1] if who == "bad" else pair[0]
+    llm = engine(pair[0], speculation=str(draft), kv_cache_memory=num_blocks * 2 * TINY_BLOCK_BYTES, **options)
+
+    assert sampled(llm, rows) == [alone[who][row] for row in rows]
+
+
+def test_preempted_requests_keep_the_tokens_of_their_seeds(pair: tuple[Path, Path], alone: dict[str, list[list[int]]]) -> None:
+    llm = engine(pair[0], speculation=str(pair[1]), kv_cache_memory=6 * 2 * TINY_BLOCK_BYTES, max_tokens_per_step=9)
+
+    assert sampled(llm, list(range(len(SAMPLED)))) == alone["bad"]
+    assert llm.engine.scheduler.num_preemptions > 2 and llm.engine.stats.num_accepted > 0
+
+
+def test_a_draft_that_is_never_right_costs_few_guesses(reference: Path, texts: list[list[int]], whole: list[list[int]]) -> None:
+    class Wrong:
+        def propose(self, sequences: list[Sequence]) -> list[Draft]:
+            return [Draft([5] * each.num_guesses) for each in sequences]
+
+    llm = engine(reference, speculation="ngram")
+    llm.engine.proposer = Wrong()
+
+    (out,) = llm.generate(texts[0], max_tokens=120, temperature=0, ignore_eos=True)
+
+    assert 5 not in out.completions[0].token_ids[1:]
+    assert 0 < llm.engine.stats.num_drafted < 18
+
+
 def test_what_was_accepted_behind_an_end_is_dropped(reference: Path, texts: list[list[int]], whole: list[list[int]]) -> None:
     plain, guessing = engine(reference), engine(reference, speculation=str(reference), num_draft_tokens=6)
     for row, place in ((1, 5), (2, 8), (3, 9)):
@@ -282,8 +347,6 @@ class Nine:
     """Guesses 9, as often as it may."""
 
     def propose(self, sequences: list[Sequence]) -> list[Any]:
-        from quantkit.runtime.speculation import Draft
-
         return [Draft([9] * 6) for _ in sequences]
 
 

@@ -23,7 +23,9 @@ def why_not(rows: int, columns: int, group: int) -> str | None:
 
 def pack(codes: Tensor, scale: Tensor, zero: Tensor | int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K], scale [N, G] and zero point [N, G] in codes' units, once after loading."""
-    packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(rows.int(), 1) for rows in codes.split(ROWS_AT_ONCE)])
+    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8)
+    for into, rows in zip(packed.split(ROWS_AT_ONCE), codes.split(ROWS_AT_ONCE), strict=True):
+        into.copy_(torch._convert_weight_to_int4pack_for_cpu(rows.int(), 1))
     scale = scale.float()
     offset = (8 - zero) * scale if isinstance(zero, int) else (8 - zero.float()) * scale
     return packed, torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous().bfloat16()
