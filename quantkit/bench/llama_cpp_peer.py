@@ -54,6 +54,10 @@ class LlamaCpp:
         rows = json.loads(_run([self.tool("llama-bench"), "-m", str(model), *sizes, "-r", "2", "-o", "json"]))
         return tuple(next(row["avg_ts"] for row in rows if row["n_prompt"] == p and row["n_gen"] == n) for p, n in ((num_prompt, 0), (0, num_output)))
 
+    def one_token(self, model: Path) -> list[str]:
+        """The command that loads a model and generates one token."""
+        return [self.tool("llama-bench"), "-m", str(model), "-p", "0", "-n", "1", "-r", "1", "-t", str(self.threads)]
+
     def throughput(self, model: Path, prompts: list[list[int]], num_output: int) -> Throughput:
         """llama-server with a slot for every request, all asked at once."""
         with self._serving(model, len(prompts), len(prompts[0]) + num_output + 8) as url, ThreadPoolExecutor(len(prompts)) as pool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.bench.llama_cpp_peer import LlamaCpp, write_gguf
 from quantkit.bench.process import Usage, run
 from quantkit.bench.random_checkpoint import write_random_checkpoint
 from quantkit.checkpoint.reader import CheckpointReader
@@ -65,7 +66,18 @@ class Result:
         return (self.usage.peak_private - self.import_bytes) / (self.packed_bytes + KV_BYTES)
 
 
-def measure(cases: tuple[Case, ...] = CASES, work: Path | None = None, size: Size | None = None) -> Iterator[Result]:
+@dataclass(frozen=True, slots=True)
+class PeerResult:
+    """What llama.cpp took: weights it does not rearrange stay mapped from the file, which counts as resident and not as private."""
+
+    name: str
+    file_bytes: int
+    usage: Usage
+
+
+def measure(
+    cases: tuple[Case, ...] = CASES, work: Path | None = None, size: Size | None = None, peer: LlamaCpp | None = None
+) -> Iterator[Result | PeerResult]:
     """Load each case in a process of its own. Needs disk for the model and one conversion."""
     size = size or Size()
     imports = run([sys.executable, "-c", _IMPORTS]).peak_private
@@ -78,6 +90,15 @@ def measure(cases: tuple[Case, ...] = CASES, work: Path | None = None, size: Siz
                 loaded = source if case.at_load else packed
                 usage = run([sys.executable, "-c", _LOAD, str(loaded), case.mode, case.at_load or ""])
                 yield Result(case, CheckpointReader(packed).total_bytes, imports, usage)
+        if peer is not None:
+            yield from _of_llama_cpp(peer, source, Path(folder))
+
+
+def _of_llama_cpp(peer: LlamaCpp, source: Path, folder: Path) -> Iterator[PeerResult]:
+    whole = write_gguf(source, folder / "f16.gguf")
+    for kind in ("Q4_0", "Q8_0"):
+        model = peer.quantize(whole, folder / f"{kind}.gguf", kind)
+        yield PeerResult(f"llama.cpp {kind}, loaded and one token", model.stat().st_size, run(peer.one_token(model)))
 
 
 def _convert(source: Path, out: Path, case: Case) -> Path:

@@ -135,22 +135,27 @@ def trace(source: str, file: str, count: int, at_once: int, scale: int, threads:
 
 @bench.command()
 @click.option("--only", help="Cases whose name contains this.")
-@click.option("--work", type=click.Path(exists=True, file_okay=False), help="Folder for models (1.5 GB).")
-def load(only: str | None, work: str | None) -> None:
-    """Memory of loading a random model of 0.9 GB, and of its conversions."""
+@click.option("--llama-cpp", type=click.Path(exists=True, file_okay=False), help="Folder of llama.cpp's tools, to measure those too.")
+@click.option("--work", type=click.Path(exists=True, file_okay=False), help="Folder for models (5 GB).")
+def load(only: str | None, llama_cpp: str | None, work: str | None) -> None:
+    """Memory and time of loading a random model of 0.9 GB, and its conversions."""
     from pathlib import Path
 
     from quantkit.bench.convert import machine
-    from quantkit.bench.load import CASES, KV_BYTES, measure
+    from quantkit.bench.llama_cpp_peer import LlamaCpp
+    from quantkit.bench.load import CASES, KV_BYTES, PeerResult, measure
     from quantkit.errors import UsageError
 
     cases = tuple(case for case in CASES if only is None or only in case.name)
     if not cases:
         raise UsageError(f"no case contains {only!r}; cases are {', '.join(case.name for case in CASES)}")
     click.echo(f"machine: {machine()}; a cache of {KV_BYTES / 1e6:,.0f} MB", err=True)
-    click.echo("| case | packed model | private memory | of it imports | peak over model and cache | wall |\n|---|---|---|---|---|---|")
-    for result in measure(cases, Path(work) if work else None):
-        click.echo(
-            f"| {result.case.name} | {result.packed_bytes / 1e6:,.0f} MB | {result.usage.peak_private / 1e6:,.0f} MB "
-            f"| {result.import_bytes / 1e6:,.0f} MB | {result.ratio:.2f} | {result.usage.seconds:.0f} s |"
-        )
+    click.echo("| case | packed model | private memory | resident | of it imports | peak over model and cache | wall |\n|---|---|---|---|---|---|---|")
+    for result in measure(cases, Path(work) if work else None, peer=LlamaCpp(Path(llama_cpp), 2) if llama_cpp else None):
+        if isinstance(result, PeerResult):
+            name, size, own = result.name, result.file_bytes, "| |"
+        else:
+            name, size, own = result.case.name, result.packed_bytes, f"{result.import_bytes / 1e6:,.0f} MB | {result.ratio:.2f} |"
+        usage = result.usage
+        memory = f"{usage.peak_private / 1e6:,.0f} MB | {usage.peak_resident / 1e6:,.0f} MB"
+        click.echo(f"| {name} | {size / 1e6:,.0f} MB | {memory} | {own} {usage.seconds:.0f} s |")

@@ -2,9 +2,9 @@
 
 Each linear alone is held to the oracle's value for the same input. For the whole model equal tokens cannot be asked for throughout: both sides sum
 what lies between the linears in float32 in another order, so that now and then a value at the border of two codes falls to the other one, which moves
-this token's log-probabilities, and those of tokens that see it: by 0.006 in the mean and by 0.12 at most, measured on this text. So greedy tokens are held equal up to the first place where the two best
-logits lie nearer than such flips reach (such cases are counted), and the distributions of real text are compared by KL divergence and top token, as is laid
-down for modes that quantize activations.
+this token's log-probabilities, and those of tokens that see it: by 0.006 in the mean and by 0.12 at most, measured on this text. So greedy tokens are
+held equal up to the first place where the two best logits lie nearer than such flips reach (such cases are counted), and the distributions of real
+text are compared by KL divergence and top token, as is laid down for modes that quantize activations.
 """
 
 from __future__ import annotations
