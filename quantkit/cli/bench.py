@@ -150,7 +150,7 @@ def load(only: str | None, llama_cpp: str | None, work: str | None) -> None:
     if not cases:
         raise UsageError(f"no case contains {only!r}; cases are {', '.join(case.name for case in CASES)}")
     click.echo(f"machine: {machine()}; a cache of {KV_BYTES / 1e6:,.0f} MB", err=True)
-    click.echo("| case | packed model | private memory | resident | of it imports | peak over model and cache | wall |\n|---|---|---|---|---|---|---|")
+    click.echo("| case | packed model | private | resident | private of imports | peak over model and cache | wall |\n|---|---|---|---|---|---|---|")
     for result in measure(cases, Path(work) if work else None, peer=LlamaCpp(Path(llama_cpp), 2) if llama_cpp else None):
         if isinstance(result, PeerResult):
             name, size, own = result.name, result.file_bytes, "| |"
