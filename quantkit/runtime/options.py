@@ -36,7 +36,7 @@ class EngineOptions:
         prefix_caching: keep computed prompts for later ones that begin alike.
         speculation: guess tokens ahead, to compute several in one step: "ngram" from the text so far, or the source of a smaller model with the
             same tokenizer; None for one token a step.
-        num_draft_tokens: guesses at most in one step.
+        num_draft_tokens: guesses of a sequence in one step at most; fewer while its guesses do not hold.
         seed: from which requests without a seed draw theirs; None for chance.
     """
 
