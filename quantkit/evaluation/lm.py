@@ -6,13 +6,19 @@ context's end go to the continuation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
+from quantkit.errors import EngineError
 from quantkit.runtime.llm import LLM
+from quantkit.runtime.outputs import RequestOutput
 from quantkit.runtime.sampling_params import SamplingParams
 
 _GENERATED = 256
@@ -23,12 +29,17 @@ class EngineLM(TemplateLM):
 
     Args:
         max_length: tokens of context and continuation; the engine's context by default. Longer ones lose their beginning.
+
+    Attributes:
+        num_cut: requests so far that lost it.
     """
 
     def __init__(self, llm: LLM, *, max_length: int | None = None) -> None:
         super().__init__()
         self.llm, self.tokenizer = llm, llm.engine.tokenizer
         self.max_length = min(max_length or llm.engine.context, llm.engine.scheduler.max_length)
+        self.num_cut = 0
+        self._runs = count()
 
     @property
     def eot_token_id(self) -> int:
@@ -60,36 +71,76 @@ class EngineLM(TemplateLM):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(number)
         sums = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True):
             sums[owner] += value
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        outputs = []
-        for number, request in enumerate(requests):
+        asked = []
+        for request in requests:
             context, settings = request.args
             params = _sampling(settings)
-            prompt = self.tok_encode(context)[-(self.max_length - (params.max_tokens or 0)) :]
-            outputs.append(self.llm.engine.add(prompt, params, request_id=f"lm-eval-{id(requests)}-{number}"))
-        self._run()
+            asked.append((self._cut(self.tok_encode(context), self.max_length - (params.max_tokens or 0)), params))
+        keep = partial(self.cache_hook.add_partial, "generate_until")
+        outputs = self._run(asked, "generated", disable_tqdm, lambda number, output: keep(requests[number].args, output.text))
         return [output.text for output in outputs]
 
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[tuple[float, bool]]:
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, ignore_eos=True)
-        outputs = [
-            self.llm.engine.add((context + continuation)[-(self.max_length - 1) :], params, request_id=f"lm-eval-{id(requests)}-{number}")
-            for number, (_, context, continuation) in enumerate(requests)
-        ]
-        self._run()
-        found = []
-        for (_, _, continuation), output in zip(requests, outputs, strict=True):
-            scored = [each for each in (output.prompt_logprobs or [])[-len(continuation) :] if each is not None]
-            found.append((sum(each.logprob for each in scored), all(each.rank == 1 for each in scored)))
-        return found
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """One request of each context goes first, contexts that begin alike beside each other; the others find it in the prefix cache."""
+        asked: list[tuple[list[int], SamplingParams]] = []
+        for _, context, continuation in requests:
+            whole = self._cut(context + continuation, self.max_length - 1)
+            first = max(1, len(whole) - len(continuation))
+            asked.append((whole, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, prompt_logprobs_from=first, ignore_eos=True)))
+        found: dict[int, tuple[float, bool]] = {}
 
-    def _run(self) -> None:
-        while self.llm.engine.has_work:
-            self.llm.engine.step()
+        def keep(number: int, output: RequestOutput) -> None:
+            scored = [each for each in output.prompt_logprobs or [] if each is not None]
+            found[number] = sum(each.logprob for each in scored), all(each.rank == 1 for each in scored)
+            if requests[number][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+
+        order = sorted(range(len(requests)), key=lambda number: asked[number][0])
+        contexts: set[tuple[int, ...]] = set()
+        waves: tuple[list[int], list[int]] = [], []
+        for number in order:
+            context = tuple(requests[number][1])
+            waves[context in contexts].append(number)
+            contexts.add(context)
+        for wave in waves:
+            self._run([asked[number] for number in wave], "scored", disable_tqdm, lambda at, output, wave=wave: keep(wave[at], output))
+        return [found[number] for number in range(len(requests))]
+
+    def _cut(self, tokens: list[int], room: int) -> list[int]:
+        """The last tokens that fit, as lm-eval cuts; counted."""
+        self.num_cut += len(tokens) > room
+        return tokens[-room:]
+
+    def _run(
+        self, asked: list[tuple[list[int], SamplingParams]], what: str, is_quiet: bool, done: Callable[[int, RequestOutput], None]
+    ) -> list[RequestOutput]:
+        """Answer every request, handing on each as it is done."""
+        engine, name = self.llm.engine, f"lm-eval-{next(self._runs)}"
+        outputs = [engine.add(prompt, params, request_id=f"{name}-{number}") for number, (prompt, params) in enumerate(asked)]
+        numbers = {output.id: number for number, output in enumerate(outputs)}
+        with tqdm(total=len(asked), desc=what, unit="request", disable=is_quiet) as bar:
+            while engine.has_work:
+                for output, _ in engine.step():
+                    if output.is_finished:
+                        _require_sound(output)
+                        done(numbers[output.id], output)
+                        bar.update()
+        return outputs
+
+
+def _require_sound(output: RequestOutput) -> None:
+    error = output.completions[0].error
+    if error is not None:
+        raise EngineError(f"a request could not be answered: {error}")
 
 
 def _sampling(settings: dict[str, Any]) -> SamplingParams:

@@ -29,7 +29,7 @@ from quantkit.runtime.options import NGRAM, EngineOptions
 from quantkit.runtime.outputs import Completion, RequestOutput
 from quantkit.runtime.rope import freeze
 from quantkit.runtime.runner import Runner, Wanted
-from quantkit.runtime.sampler import LOGPROBS_BYTES, Sampled, SampleRequest, token_logprobs
+from quantkit.runtime.sampler import LOGPROBS_BYTES, Sampled, SampleRequest, TokenLogprobs, token_logprobs
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.scheduler import Piece, Scheduler, SchedulerConfig
 from quantkit.runtime.sequence import FinishReason, Sequence
@@ -171,8 +171,8 @@ class Engine:
         ]  # fmt: skip
         sequences[0].siblings = sequences[1:]
         completions = [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
-        wants_prompt = params.prompt_logprobs is not None
-        output = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, list(ids), completions, [None] if wants_prompt else None)
+        scored: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None] * min(params.prompt_logprobs_from, len(ids))
+        output = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, list(ids), completions, scored)
         streams = [TextStream(self.tokenizer, ids, params.stop) if self.tokenizer else None for _ in sequences]
         self.scheduler.add(sequences[0])
         parts = zip(sequences, completions, streams, strict=True)
@@ -278,7 +278,7 @@ class Engine:
         first = len(kept)  # a preempted prompt is computed again from its beginning
         targets = sequence.tokens[first : min(piece.end + 1, sequence.num_prompt)]
         if targets:
-            start = first - piece.start - 1
+            start = first - 1 - max(piece.start, sequence.scored_from)
             assert start >= 0, "log-probabilities of the prompt have a gap"
             rows = logits[wanted.rows][start : start + len(targets)]
             kept += token_logprobs(rows, torch.tensor(targets, device=rows.device), sequence.params.prompt_logprobs or 0)

@@ -33,7 +33,7 @@ class RequestOutput:
 
     Attributes:
         prompt: the text, None where ids were given.
-        prompt_logprobs: one entry a token of the prompt, None for the first, where they were asked for.
+        prompt_logprobs: one entry a token of the prompt, None for the first and where it was not asked for.
         num_cached: tokens of the prompt that were found in the prefix cache.
     """
 

@@ -36,13 +36,14 @@ class Runner:
         """float32 logits [R, vocabulary] and whose they are.
 
         Of a piece that reaches its end: its last known token's, and those of guesses behind it; of one whose prompt's log-probabilities are
-        wanted: all.
+        wanted: all of those.
         """
         self.cache.copy_blocks(batch.copies)
         rows, wanted = [], []
         at = 0
         for piece in batch.pieces:
-            first = at if piece.sequence.is_scored else at + max(0, len(piece.sequence.tokens) - 1 - piece.start)
+            wanted_from = piece.sequence.scored_from if piece.sequence.is_scored else len(piece.sequence.tokens) - 1
+            first = at + max(0, wanted_from - piece.start)
             chosen = range(first, at + piece.count)
             if chosen:
                 wanted.append(Wanted(piece, slice(len(rows), len(rows) + len(chosen))))

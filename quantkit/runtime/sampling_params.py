@@ -36,6 +36,7 @@ class SamplingParams:
         n: independent continuations of the prompt.
         logprobs: report the chosen token's log-probability and so many of the most likely ones; None for none.
         prompt_logprobs: the same for every token of the prompt.
+        prompt_logprobs_from: or for those from this one on, counted from 0; what lies before may then come from the prefix cache.
         structure: the form the text must have; it ends where nothing can follow.
     """
 
@@ -58,6 +59,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
     structure: Structure | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class SamplingParams:
         _within("n", self.n, 1, MAX_N, whole=True)
         _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
         _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
+        _within("prompt_logprobs_from", self.prompt_logprobs_from, 1, None, whole=True)
         _within("seed", self.seed, -(2**63), 2**63 - 1, optional=True, whole=True)
         ids = [*self.logit_bias, *self.stop_token_ids, *(token for words in self.bad_words for token in words)]
         odd = next((token for token in ids if type(token) is not int), None)

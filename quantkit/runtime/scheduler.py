@@ -54,6 +54,11 @@ class Piece:
         return self.end >= len(self.sequence.tokens)
 
     @property
+    def num_scored(self) -> int:
+        """Tokens whose log-probabilities are wanted: each takes a row of logits."""
+        return max(0, self.end - max(self.start, self.sequence.scored_from)) if self.sequence.is_scored else 0
+
+    @property
     def tokens(self) -> list[int]:
         return self.sequence.tokens[self.start : self.end] + self.guesses
 
@@ -240,14 +245,13 @@ class Scheduler:
         count = min(sequence.num_wanted, budget, self.config.max_chunk or budget)
         if not sequence.is_scored:
             return count
-        return min(count, self.config.max_scored - sum(piece.count for piece in batch.pieces if piece.sequence.is_scored))
+        room = self.config.max_scored - sum(piece.num_scored for piece in batch.pieces)
+        return min(count, max(0, sequence.scored_from - sequence.num_computed) + max(0, room))
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of the sequence's beginning; the last token is always computed, as its logits are wanted."""
-        if not sequence.may_use_cache:
-            return []
         size, found = self.pool.block_size, []
-        for number in range((len(sequence.tokens) - 1) // size):
+        for number in range(sequence.num_cacheable // size):
             block = self.pool.find(sequence.key_of(number, size), sequence.tokens[number * size : (number + 1) * size])
             if block is None:
                 break

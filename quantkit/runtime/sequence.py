@@ -114,13 +114,19 @@ class Sequence:
         return len(self.tokens) + len(self.draft) - self.num_computed
 
     @property
-    def may_use_cache(self) -> bool:
-        """Log-probabilities of the prompt need every position computed."""
-        return self.params.prompt_logprobs is None
+    def scored_from(self) -> int:
+        """The first position whose logits are wanted: the one before the first token of the prompt to be scored; the last where none is."""
+        last = self.num_prompt - 1
+        return last if self.params.prompt_logprobs is None else min(self.params.prompt_logprobs_from - 1, last)
+
+    @property
+    def num_cacheable(self) -> int:
+        """Tokens of its beginning that need not be computed where they are cached: nobody wants the logits behind them."""
+        return min(len(self.tokens) - 1, self.scored_from if self.params.prompt_logprobs is not None else len(self.tokens))
 
     @property
     def is_scored(self) -> bool:
-        """Whether every token that is computed now wants its log-probability."""
+        """Whether tokens that are computed now want their log-probabilities."""
         return self.params.prompt_logprobs is not None and self.num_computed < self.num_prompt
 
     def key_of(self, block: int, block_size: int) -> bytes:

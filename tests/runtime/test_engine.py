@@ -158,6 +158,22 @@ def test_log_probabilities_of_prompt_and_answer_are_transformers(reference: Path
     assert [len(each.top) for each in out.completions[0].logprobs] == [2] * 5
 
 
+@pytest.mark.parametrize("cut", [{}, {"max_chunk": 9}, {"max_tokens_per_step": 5}], ids=str)
+def test_log_probabilities_of_a_prompts_end_come_with_its_beginning_from_the_cache(
+    cut: dict[str, int], reference: Path, prompts: list[list[int]]
+) -> None:
+    prompt, settings = max(prompts, key=len), {"max_tokens": 2, "temperature": 0, "ignore_eos": True, "prompt_logprobs": 1}
+    (whole,) = engine(reference).generate(prompt, **settings)
+    llm = engine(reference, **cut)
+
+    for first, cached in ((60, 0), (60, 48), (50, 48), (len(prompt), len(prompt) - 1), (9999, len(prompt) - 1)):
+        (out,) = llm.generate(prompt, prompt_logprobs_from=first, **settings)
+
+        assert out.prompt_logprobs == [None] * min(first, len(prompt)) + whole.prompt_logprobs[first:]
+        assert out.num_cached == cached // 16 * 16
+        assert out.completions[0].token_ids == whole.completions[0].token_ids
+
+
 def test_text_ends_before_a_stop_string_and_none_of_it_is_shown(reference: Path) -> None:
     llm = engine(reference)
     settings = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
