@@ -67,7 +67,7 @@ class EngineLM(TemplateLM):
         owners: list[int] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 2, context_len=1):
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(number)
         sums = [0.0] * len(requests)
@@ -93,9 +93,8 @@ class EngineLM(TemplateLM):
         """One request of each context goes first, contexts that begin alike beside each other; the others find it in the prefix cache."""
         asked: list[tuple[list[int], SamplingParams]] = []
         for _, context, continuation in requests:
-            whole = self._cut(context + continuation, self.max_length - 1)
-            first = max(1, len(whole) - len(continuation))
-            asked.append((whole, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, prompt_logprobs_from=first, ignore_eos=True)))
+            whole = self._cut(context + continuation, self.max_length + 1)
+            asked.append((whole, SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=max(1, len(whole) - len(continuation)))))
         found: dict[int, tuple[float, bool]] = {}
 
         def keep(number: int, output: RequestOutput) -> None:

@@ -6,6 +6,7 @@ A request that cannot be served is refused when it is added; one whose logits ar
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
@@ -208,16 +209,19 @@ class Engine:
             raise
         for each in wanted:
             self._keep_prompt_logprobs(each, logits)
-        chosen = choose(logits, [each for each in wanted if each.piece.reaches_end], self._wish, drafts)
+        ready = [each for each in wanted if each.piece.reaches_end and not each.piece.sequence.is_only_scored]
+        chosen = choose(logits, ready, self._wish, drafts)
         settle(batch, drafts, chosen)
         touched: dict[str, Tracked] = {}
         for piece in batch.pieces:
             tracked, _ = self._request_of[piece.sequence.id]
             touched[tracked.output.id] = tracked
-            if piece.reaches_end:
+            if piece.reaches_end and not piece.sequence.is_only_scored:
                 self._commit(piece, chosen)
             else:
                 self.scheduler.commit(piece, [])
+                if piece.reaches_end:
+                    self._end_scored(piece.sequence)
         return [tracked.report() for tracked in touched.values()]
 
     def _commit(self, piece: Piece, chosen: dict[str, list[Sampled] | None]) -> None:
@@ -240,12 +244,24 @@ class Engine:
                 sibling.tokens.append(token.token)
                 self._take(sibling, token)
 
+    def _end_scored(self, sequence: Sequence) -> None:
+        """All of a prompt is scored, and nothing is to follow."""
+        output = self._request_of[sequence.id][0].output
+        self._count_cached(sequence, output)
+        if all(each is None or math.isfinite(each.logprob) for each in output.prompt_logprobs or ()):
+            self._end(sequence, "length")
+        else:
+            self._fail(sequence)
+
+    def _count_cached(self, sequence: Sequence, output: RequestOutput) -> None:
+        output.num_cached = sequence.num_cached or 0
+        self.stats.num_cached_tokens += output.num_cached
+
     def _take(self, sequence: Sequence, chosen: Sampled) -> None:
         """A token was chosen: it is the continuation's next, and may be its last."""
         tracked, continuation = self._request_of[sequence.id]
         if not continuation.completion.token_ids and continuation is tracked.continuations[0]:
-            tracked.output.num_cached = sequence.num_cached or 0
-            self.stats.num_cached_tokens += sequence.num_cached or 0
+            self._count_cached(sequence, tracked.output)
         self.stats.num_generated_tokens += 1
         reason = continuation.take(chosen, eos=self.eos, longest=self.scheduler.max_length)
         if reason is not None:

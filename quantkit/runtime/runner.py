@@ -42,7 +42,7 @@ class Runner:
         rows, wanted = [], []
         at = 0
         for piece in batch.pieces:
-            wanted_from = piece.sequence.scored_from if piece.sequence.is_scored else len(piece.sequence.tokens) - 1
+            wanted_from = piece.sequence.scored_from if piece.sequence.is_scored else piece.sequence.num_to_compute - 1
             first = at + max(0, wanted_from - piece.start)
             chosen = range(first, at + piece.count)
             if chosen:

@@ -18,7 +18,7 @@ class SamplingParams:
     """How to choose tokens and when to stop. Defaults sample from the model's own distribution.
 
     Attributes:
-        max_tokens: tokens to generate at most; None for as many as the context holds.
+        max_tokens: tokens to generate at most; None for as many as the context holds; 0 only scores the prompt, which prompt_logprobs asks for.
         min_tokens: no end of text and no stop before so many tokens.
         temperature: 0 for the most likely token always.
         top_k: choose among the k most likely tokens; 0 for all.
@@ -63,7 +63,7 @@ class SamplingParams:
     structure: Structure | None = None
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, None, optional=True, whole=True)
+        _within("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None, optional=True, whole=True)
         _within("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
         _within("temperature", self.temperature, 0, 100)
         _within("top_k", self.top_k, 0, None, whole=True)
@@ -73,7 +73,7 @@ class SamplingParams:
         _within("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
-        _within("n", self.n, 1, MAX_N, whole=True)
+        _within("n", self.n, 1, 1 if self.max_tokens == 0 else MAX_N, whole=True)
         _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
         _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
         _within("prompt_logprobs_from", self.prompt_logprobs_from, 1, None, whole=True)

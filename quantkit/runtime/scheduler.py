@@ -51,7 +51,7 @@ class Piece:
     @property
     def reaches_end(self) -> bool:
         """Whether every known token is computed after this piece, so that the next one can be chosen."""
-        return self.end >= len(self.sequence.tokens)
+        return self.end >= self.sequence.num_to_compute
 
     @property
     def num_scored(self) -> int:
@@ -180,9 +180,11 @@ class Scheduler:
     def _require_fits(self, sequence: Sequence) -> None:
         if not sequence.tokens:
             raise RequestError("the prompt is empty; give at least one token")
+        if sequence.is_only_scored and sequence.num_prompt < 2:
+            raise RequestError("max_tokens is 0 and the prompt has one token, so there is nothing to score; give at least two")
         longest = self._longest(sequence)
-        wants = f"{sequence.num_prompt} tokens of prompt and {longest - sequence.num_prompt} to generate"
-        if longest > self.config.context or sequence.num_prompt >= self.config.context:
+        wants = f"{sequence.num_prompt} tokens of prompt and {sequence.params.max_tokens or 0} to generate"
+        if longest > self.config.context:
             raise TooLongError(f"{wants} are more than the context of {self.config.context}; shorten the prompt or lower max_tokens")
         continuations = 1 + len(sequence.siblings)
         if continuations > self.config.max_sequences:
@@ -193,7 +195,9 @@ class Scheduler:
             raise TooLongError(f"{wants} never fit the KV cache of {size}; shorten the prompt, lower max_tokens or enlarge the cache")
 
     def _longest(self, sequence: Sequence) -> int:
-        return sequence.num_prompt + (sequence.params.max_tokens or 1)
+        """Tokens it may come to hold in the cache."""
+        wanted = sequence.params.max_tokens
+        return sequence.num_prompt + (1 if wanted is None else wanted or -1)
 
     def _schedule_running(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         count = self._chunk(sequence, budget, batch)

@@ -109,20 +109,30 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def is_only_scored(self) -> bool:
+        """Whether nothing is generated: then nobody wants what stands behind its last token, which is not computed."""
+        return self.params.max_tokens == 0
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that are computed before the next one can be chosen, or before all are scored."""
+        return len(self.tokens) - self.is_only_scored
+
+    @property
     def num_wanted(self) -> int:
         """Tokens still to be computed, guesses included."""
-        return len(self.tokens) + len(self.draft) - self.num_computed
+        return self.num_to_compute + len(self.draft) - self.num_computed
 
     @property
     def scored_from(self) -> int:
         """The first position whose logits are wanted: the one before the first token of the prompt to be scored; the last where none is."""
-        last = self.num_prompt - 1
+        last = self.num_prompt - 1 - self.is_only_scored
         return last if self.params.prompt_logprobs is None else min(self.params.prompt_logprobs_from - 1, last)
 
     @property
     def num_cacheable(self) -> int:
         """Tokens of its beginning that need not be computed where they are cached: nobody wants the logits behind them."""
-        return min(len(self.tokens) - 1, self.scored_from if self.params.prompt_logprobs is not None else len(self.tokens))
+        return min(self.num_to_compute - 1, self.scored_from if self.params.prompt_logprobs is not None else len(self.tokens))
 
     @property
     def is_scored(self) -> bool:

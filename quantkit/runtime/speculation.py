@@ -200,7 +200,7 @@ def settle(batch: Batch, drafts: Mapping[str, Draft], chosen: Mapping[str, Token
         if piece.reaches_end:
             draft = drafts.get(piece.sequence.id)
             guesses = draft.tokens if draft is not None else []
-            for token, guessed in zip_longest(chosen[piece.sequence.id] or (), guesses):
+            for token, guessed in zip_longest(chosen.get(piece.sequence.id) or (), guesses):
                 if token is None:
                     break
                 piece.sequence.guessing.take(None if guessed is None else token.token == guessed)

@@ -158,6 +158,26 @@ def test_log_probabilities_of_prompt_and_answer_are_transformers(reference: Path
     assert [len(each.top) for each in out.completions[0].logprobs] == [2] * 5
 
 
+@pytest.mark.parametrize("cut", [{}, {"max_chunk": 9}, {"max_tokens_per_step": 1}], ids=str)
+def test_a_prompt_may_be_scored_alone_and_be_one_longer_than_the_context(cut: dict[str, int], reference: Path, prompts: list[list[int]]) -> None:
+    prompt = max(prompts, key=len)
+    (whole,) = engine(reference).generate(prompt, max_tokens=1, prompt_logprobs=1, temperature=0)
+    llm = engine(reference, context=len(prompt) - 1, **cut)
+
+    for first in (1, 60, 60, len(prompt), 9999):
+        (out,) = llm.generate(prompt, max_tokens=0, prompt_logprobs=1, prompt_logprobs_from=first)
+        assert out.prompt_logprobs == [None] * min(first, len(prompt)) + whole.prompt_logprobs[first:]
+        assert out.completions[0].token_ids == [] and out.completions[0].finish_reason == "length"
+    llm.engine.scheduler.pool.check()
+    assert llm.engine.scheduler.pool.num_used == 0 and not llm.engine.has_work
+    with pytest.raises(RequestError, match="give at least two"):
+        llm.generate([5], max_tokens=0, prompt_logprobs=0)
+    with pytest.raises(RequestError, match="max_tokens is 0"):
+        llm.generate([5, 6], max_tokens=0)
+    with pytest.raises(RequestError, match="more than the context"):
+        llm.generate([5] * (len(prompt) + 1), max_tokens=0, prompt_logprobs=0)
+
+
 @pytest.mark.parametrize("cut", [{}, {"max_chunk": 9}, {"max_tokens_per_step": 5}], ids=str)
 def test_log_probabilities_of_a_prompts_end_come_with_its_beginning_from_the_cache(
     cut: dict[str, int], reference: Path, prompts: list[list[int]]

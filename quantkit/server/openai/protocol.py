@@ -143,6 +143,7 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="0, with echo and logprobs, only scores the prompt")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=MAX_N)
