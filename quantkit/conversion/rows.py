@@ -34,9 +34,10 @@ def load_rows(prepared: Prepared) -> CalibrationSet:
 
 
 def split_rows(rows: CalibrationSet, options: ConvertOptions) -> tuple[CalibrationSet, CalibrationSet | None]:
-    extra = num_held_out(options.calibration.num_samples)
-    held = min(extra, max(0, len(rows.input_ids) - min(options.calibration.num_samples, max(1, len(rows.input_ids) - extra))))
-    return rows.split(held) if options.measure and held else (rows, None)
+    """Those to calibrate on and those to measure on; data that ends early is shared between the two in the same proportion."""
+    there = len(rows.input_ids)
+    held = num_held_out(min(options.calibration.num_samples, there))
+    return rows.split(held) if options.measure and there > 1 else (rows, None)
 
 
 def num_held_out(num_samples: int) -> int:
