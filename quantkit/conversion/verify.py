@@ -14,7 +14,7 @@ from quantkit.checkpoint.side_files import side_files
 from quantkit.checkpoint.source import resolve
 from quantkit.conversion.calibration import CalibrationOptions, load_calibration
 from quantkit.conversion.verification import Verification
-from quantkit.conversion.verify_structure import config_problems, missing_parameters, unknown_tensors, wrong_parts
+from quantkit.conversion.verify_structure import config_problems, missing_parameters, wrong_parts
 from quantkit.conversion.verify_values import examine_layers, unlike_tensors
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
@@ -107,7 +107,7 @@ def _open(folder: Path, result: Verification, options: VerifyOptions) -> tuple[O
 
 def _check_structure(opened: OpenedCheckpoint, source: OpenedCheckpoint | None, architecture: Architecture, result: Verification) -> None:
     result.add("architecture", missing_parameters(opened, architecture), f"every parameter of {type(architecture.model).__name__} is there")
-    unknown = [name for name in unknown_tensors(opened, architecture) if source is None or name not in source]
+    unknown = [name for name in architecture.unplaced(opened.dense_names) if source is None or name not in source]
     words = f"{len(unknown)} that the model has no place for: {', '.join(unknown[:3])}" if unknown else "no tensor too many"
     problems = [f"{name} is neither in the model nor in the original" for name in unknown] if source else []
     owners = {name: opened.schemes.get(name.rpartition(".")[0]) for name in unknown}

@@ -36,13 +36,6 @@ def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> 
     return problems
 
 
-def unknown_tensors(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
-    """Tensors stored as they are that the model has no place for."""
-    places = [*architecture.model.named_parameters(), *architecture.model.named_buffers()]
-    known = {source for path, _ in places for source in architecture.stored.sources(path)}
-    return [name for name in opened.dense_names if name not in known]
-
-
 def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
     """Parts of quantized layers that are absent, or not of the type and shape their scheme calls for."""
     if opened.format is None:
@@ -81,10 +74,9 @@ def _compressed_tensors_problems(config: Mapping[str, Any], opened: OpenedCheckp
     targets = Targets(target for group in config["config_groups"].values() for target in group.get("targets", ()))
     ignored = Targets(config.get("ignore") or ())
     linears = _linear_names(architecture)
-    modules = {name for name, _ in architecture.model.named_modules()} | linears | {name.rpartition(".")[0] for name in opened.dense_names}
     for target in targets.idle(opened.schemes.keys() | _other_names(architecture, opened.schemes)):
         yield f"config_groups targets {target!r}, and no quantized layer has that name"
-    for entry in ignored.idle(modules):
+    for entry in ignored.idle(_module_names(opened, architecture)):
         yield f"ignore lists {entry!r}, and the model has no such layer"
     for name in sorted(linears - opened.schemes.keys()):
         if name in targets and name not in ignored:
@@ -108,13 +100,19 @@ def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architec
     dynamic = config.get("dynamic") or {}
     skipped = NamePatterns({entry: entry[2:] for entry in dynamic if entry.startswith("-:")})
     changed = NamePatterns({entry: entry.removeprefix("+:") for entry in dynamic if not entry.startswith("-:")})
-    known = linears | _other_names(architecture, linears) | fused_groups(linears).keys()
+    known = _module_names(opened, architecture) | _other_names(architecture, linears) | fused_groups(linears).keys()
     for entry in skipped.idle(known) + changed.idle(known):
         yield f"dynamic has {entry!r}, which matches no layer"
     outside = {linear.name for linear in architecture.outside}
     for name in sorted(linears - opened.schemes.keys() - outside):
         if skipped.first(name) is None:
             yield f"{name} is not quantized, and dynamic does not skip it: engines would look for its codes"
+
+
+def _module_names(opened: OpenedCheckpoint, architecture: Architecture) -> set[str]:
+    """Whatever a configuration may name: modules of the tree, linears as the checkpoint calls them, and owners of tensors stored as they are."""
+    owners = {name.rpartition(".")[0] for name in opened.dense_names}
+    return {name for name, _ in architecture.model.named_modules()} | _linear_names(architecture) | owners
 
 
 def _linear_names(architecture: Architecture) -> set[str]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.cli import main
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.core.qtensor import QuantizedTensor
@@ -26,6 +28,7 @@ from quantkit.formats.registry import FORMATS
 from quantkit.formats.streamed import open_streamed
 from quantkit.models.architecture import describe, load_config
 from quantkit.models.compare import TokenRows, compare
+from tests.models.test_streaming import save_random
 
 Q = "model.layers.1.self_attn.q_proj"
 QUICK = VerifyOptions(num_tokens=0)
@@ -189,6 +192,17 @@ def test_square_conv1d_weights_are_turned_the_right_way(tmp_path: Path) -> None:
     assert "layer errors" not in failed(result), failed(result)
     assert max(result.layer_errors.values()) < 1e-3
     assert divergence.kl_mean < 1e-4
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_our_own_experts_pass_with_their_routers_left_alone(family: str, format_name: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path / "m")
+    convert(str(tmp_path / "m"), tmp_path / "out", ConvertOptions(recipe="w4a16-rtn", format=format_name, group_size=16))
+
+    result = verify(tmp_path / "out", against=str(tmp_path / "m"), options=QUICK)
+
+    assert failed(result) == {}
 
 
 def test_an_unknown_part_of_a_quantized_layer_fails_without_an_original_too(peers: Path, tmp_path: Path) -> None:
