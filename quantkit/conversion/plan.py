@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -271,13 +271,9 @@ def _in_file_order(source: OpenedCheckpoint) -> list[str]:
 
 def _plan_layer(plan: Plan, layer: LayerPlan, model_dtype: torch.dtype) -> None:
     rows, columns = layer.linear.shape
-    for local, (dtype, shape) in _stored(plan.format, layer.scheme, layer.linear.shape, model_dtype).items():
+    for local, (dtype, shape) in plan_shapes(plan.format, layer.scheme, layer.linear.shape, model_dtype).items():
         tensor = TensorPlan(f"{layer.linear.name}.{local}", dtype, shape)
         plan.tensors.append(tensor)
         plan.bits_of_layers += 8 * tensor.nbytes
     plan.weights_of_layers += rows * columns
     plan.parameters += rows * columns
-
-
-_stored = cache(plan_shapes)
-"""Thousands of layers have a handful of shapes."""

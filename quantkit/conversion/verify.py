@@ -14,10 +14,11 @@ from quantkit.checkpoint.side_files import side_files
 from quantkit.checkpoint.source import resolve
 from quantkit.conversion.calibration import CalibrationOptions, load_calibration
 from quantkit.conversion.verification import Verification
-from quantkit.conversion.verify_structure import config_problems, missing_parameters, wrong_parts
+from quantkit.conversion.verify_structure import config_problems, missing_parameters
 from quantkit.conversion.verify_values import examine_layers, unlike_tensors
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.stored_layers import wrong_parts
 from quantkit.formats.streamed import streamed, transposed_layers
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.compare import Progress, StreamedModel, TokenRows, compare
@@ -133,7 +134,7 @@ def _check_values(
             result.add(name, findings.problems[name], words)
     result.layer_errors = findings.errors
     if source is not None and (findings.errors or findings.problems["errors"]):
-        result.add("layer errors", findings.problems["errors"], _error_words(findings.errors))
+        result.add("layer errors", findings.problems["errors"], _error_words(findings.errors) if findings.errors else "")
 
 
 def _error_words(errors: dict[str, float]) -> str:

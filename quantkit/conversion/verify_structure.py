@@ -6,18 +6,14 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import torch
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.base import plan_shapes
 from quantkit.formats.fusion import fused_groups
 from quantkit.formats.name_patterns import NamePatterns, Targets
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.stored_layers import stored_shape
 from quantkit.models.architecture import Architecture
-
-_OPTIONAL_PARTS = {"g_idx", "weight_g_idx", "input_scale"}
 
 
 def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
@@ -33,29 +29,6 @@ def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> 
         owner = architecture.model.get_submodule(path.rpartition(".")[0])
         if shape is not None and shape != wanted and not (isinstance(owner, Conv1D) and shape == wanted[::-1]):
             problems.append(f"{found} is {list(shape)}; the model wants {list(wanted)}")
-    return problems
-
-
-def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
-    """Parts of quantized layers that are absent, or not of the type and shape their scheme calls for."""
-    if opened.format is None:
-        return []
-    problems = []
-    for module, scheme in opened.schemes.items():
-        try:
-            planned = plan_shapes(opened.format, scheme, stored_shape(opened, module), opened.dtype)
-        except QuantkitError as error:
-            problems.append(str(error))
-            continue
-        for part, (dtype, shape) in planned.items():
-            name = f"{module}.{part}"
-            if name not in opened.reader:
-                problems += [] if part in _OPTIONAL_PARTS else [f"{name} is missing"]
-                continue
-            info = opened.reader.info(name)
-            right_type = info.dtype.is_floating_point if dtype.is_floating_point else info.dtype == dtype
-            if not right_type or not _same_shape(info.shape, shape):
-                problems.append(f"{name} is {info.dtype} {list(info.shape)}; {scheme.name} wants {dtype} {list(shape)}".replace("torch.", ""))
     return problems
 
 
@@ -134,10 +107,3 @@ def _shape(opened: OpenedCheckpoint, name: str) -> tuple[int, ...] | None:
         return stored_shape(opened, module)
     except QuantkitError:
         return None
-
-
-def _same_shape(found: torch.Size | tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """A scale a row may be [N] or [N, 1]; packed words may be in an older, longer layout."""
-    if tuple(found) == wanted or (len(wanted) == 2 and wanted[1] == 1 and tuple(found) == wanted[:1]):
-        return True
-    return len(found) == len(wanted) == 2 and found[0] == wanted[0] and found[1] > wanted[1] and wanted[1] > 1

@@ -66,7 +66,7 @@ class Architecture:
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2048)
 
     def unplaced(self, names: Iterable[str]) -> list[str]:
-        """Those of these dense names that the model has no place for: layers beyond its depth, or that only engines build (multi-token prediction)."""
+        """Those of these dense names that the model has no place for: layers beyond its depth, or that only engines build."""
         places = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
         known = {source for path, _ in places for source in self.stored.sources(path)}
         return [name for name in names if name not in known]
