@@ -19,6 +19,7 @@ from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify import VerifyOptions, verify
+from quantkit.core.packing import pack
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.quantize import as_groups, search_grid
 from quantkit.core.scheme import parse_scheme
@@ -156,6 +157,17 @@ def test_zero_points_off_by_one_are_further_away_than_any_rounding(name: str, pe
     result = verify(folder, against=str(peers / "tiny"), options=QUICK)
 
     assert "half of the layers are 1" in failed(result)["layer errors"]
+
+
+def test_a_layer_left_out_is_told_at_three_bits_too(peers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(peers / "gptq_b3_g128", tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    middle = pack(torch.full((256, 256), 4, dtype=torch.uint8), 3).T.contiguous()
+    save_file(tensors | {f"{Q}.qweight": middle}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    result = verify(folder, against=str(peers / "tiny"), options=QUICK)
+
+    assert f"{Q} is 1 of its weight's power away" in failed(result)["layer errors"]
 
 
 def test_a_single_layer_may_not_lie_far_beyond_its_rounding(peers: Path, tmp_path: Path) -> None:
