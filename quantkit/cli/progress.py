@@ -12,7 +12,7 @@ from rich.table import Table
 
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
-from quantkit.conversion.report import ConversionReport, LayerResult
+from quantkit.conversion.report import ConversionReport, LayerResult, figure
 
 console = Console(stderr=True, highlight=False, markup=False)
 
@@ -90,8 +90,8 @@ def show_report(report: ConversionReport) -> None:
     table.add_row("layer error", f"mean {report.mean_error:.2e}, worst {report.worst.error:.2e} ({report.worst.name})")
     if report.divergence:
         d = report.divergence
-        table.add_row("perplexity", f"{d['ppl_baseline']:.4f} -> {d['ppl_quantized']:.4f} ({d['num_tokens']} held-out calibration tokens)")
-        table.add_row("KL divergence", f"{d['kl_mean']:.5f} ± {d['kl_se']:.5f} nats; same top token {100 * d['top1']:.2f}%")
+        table.add_row("perplexity", f"{figure(d['ppl_baseline'])} -> {figure(d['ppl_quantized'])} ({d['num_tokens']} held-out calibration tokens)")
+        table.add_row("KL divergence", f"{figure(d['kl_mean'], 5)} ± {figure(d['kl_se'], 5)} nats; same top token {100 * d['top1']:.2f}%")
     else:
         table.add_row("perplexity, KL", f"not measured; quantkit eval {report.output} --baseline {report.source}")
     results.print(table)

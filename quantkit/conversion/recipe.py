@@ -82,17 +82,7 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: there is no such recipe, or it is not valid; the message names the key and what would work.
         """
-        shipped = {path.stem: path for path in packaged("recipes").glob("*.yaml")}
-        path = shipped.get(name, Path(name))
-        if name not in shipped and path.suffix not in (".yaml", ".yml"):
-            raise RecipeError(f"unknown recipe {name!r}; {did_you_mean(name, shipped)}")
-        if not path.is_file():
-            raise RecipeError(f"no recipe file {name}; give a YAML file, or one of {', '.join(sorted(shipped))}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe file {name} cannot be read: {error}; save it as UTF-8 text") from error
-        return cls.parse(text, str(name))
+        return cls.parse(recipe_text(name), str(name))
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Recipe:
@@ -120,12 +110,6 @@ class Recipe(BaseModel):
         """The recipe as it is in force, the user's changes included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    @property
-    def source_text(self) -> str:
-        """The shipped file's own text, or the recipe written out where it comes from elsewhere."""
-        path = packaged("recipes") / f"{self.name}.yaml"
-        return path.read_text(encoding="utf-8") if path.is_file() else self.to_yaml()
-
     def changed(self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None) -> Recipe:
         """This recipe with the command line's wishes in front.
 
@@ -152,6 +136,24 @@ class Recipe(BaseModel):
             says_group = strict or scheme.endswith("-channel") or parse_scheme(scheme).activation is not None
             front.append(rule if group_size is None or says_group else _regrouped(rule, group_size))
         return self.model_copy(update={"rules": tuple(front + rules)})
+
+
+def recipe_text(name: str) -> str:
+    """What stands in the file of a shipped recipe, or in one given by its path; not checked.
+
+    Raises:
+        RecipeError: there is no such file, or it is no text.
+    """
+    shipped = {path.stem: path for path in packaged("recipes").glob("*.yaml")}
+    path = shipped.get(name, Path(name))
+    if name not in shipped and path.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"unknown recipe {name!r}; {did_you_mean(name, shipped)}")
+    if not path.is_file():
+        raise RecipeError(f"no recipe file {name}; give a YAML file, or one of {', '.join(sorted(shipped))}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {name} cannot be read: {error}; save it as UTF-8 text") from error
 
 
 def list_recipes() -> list[Recipe]:

@@ -54,6 +54,11 @@ class ConversionReport:
         return asdict(self) | {"mean_error": self.mean_error, "worst_layer": self.worst.name}
 
 
+def figure(value: float | None, digits: int = 4) -> str:
+    """A number of a report's divergence; None is what JSON has for one that is infinite or undefined."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
 def model_card(report: ConversionReport, base_model: str) -> str:
     """README.md of the output: where it comes from, how it was made, what it cost, how to load it."""
     rows = [
@@ -67,8 +72,8 @@ def model_card(report: ConversionReport, base_model: str) -> str:
         rows.append(("calibration", report.calibration.removeprefix("calibration: ")))
     if report.divergence:
         d = report.divergence
-        rows.append(("perplexity on held-out calibration rows", f"{d['ppl_baseline']:.4f} -> {d['ppl_quantized']:.4f}"))
-        rows.append(("KL divergence from the original", f"{d['kl_mean']:.5f} ± {d['kl_se']:.5f} nats over {d['num_tokens']} tokens"))
+        rows.append(("perplexity on held-out calibration rows", f"{figure(d['ppl_baseline'])} -> {figure(d['ppl_quantized'])}"))
+        rows.append(("KL divergence from the original", f"{figure(d['kl_mean'], 5)} ± {figure(d['kl_se'], 5)} nats over {d['num_tokens']} tokens"))
         rows.append(("same most likely token", f"{100 * d['top1']:.2f}%"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     account = "Every layer's figures are in quantkit_report.json, the recipe in recipe.yaml."

@@ -15,7 +15,7 @@ from quantkit.cli import progress
 from quantkit.cli.main import main
 from quantkit.conversion.report import LayerResult
 from quantkit.formats.opened import OpenedCheckpoint
-from tests.conversion.conftest import save_tiny
+from tests.conversion.conftest import edit_tensors, save_tiny
 
 Captured = pytest.CaptureFixture[str]
 DATA_FREE = ("-r", "w4a16-rtn")
@@ -56,6 +56,15 @@ def test_results_on_stdout_and_progress_on_stderr(tiny: Path, tmp_path: Path, ca
     assert "left alone (outside the decoder blocks): lm_head" in shown.out
     assert "block 0" in shown.err and "block 1" in shown.err and "block" not in shown.out.replace("decoder blocks", "")
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_perplexity_beyond_all_numbers_is_a_result_too(tiny: Path, tmp_path: Path, calibration: tuple[str, ...], capsys: Captured) -> None:
+    edit_tensors(tiny, lambda t: t["lm_head.weight"][5:].mul_(1e30))
+
+    convert(tiny, "-o", tmp_path / "out", *calibration)
+
+    words = "not finite -> not finite"
+    assert words in capsys.readouterr().out and words in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_without_calibration_it_says_how_to_measure(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
