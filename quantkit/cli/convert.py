@@ -75,7 +75,7 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
     with console.status("reading headers"):
         prepared = plan_conversion(source, settings)
     if dry_run and as_json:
-        click.echo(json.dumps({"source": prepared.origin.name, "recipe": prepared.recipe.name} | prepared.plan.to_dict(), indent=1))
+        click.echo(json.dumps({"source": prepared.origin.given, "recipe": prepared.recipe.name} | prepared.plan.to_dict(), indent=1))
         return
     if dry_run:
         show_plan(prepared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from shlex import quote
 from types import TracebackType
 from typing import Self
 
@@ -93,7 +94,7 @@ def show_report(report: ConversionReport) -> None:
         table.add_row("perplexity", f"{figure(d['ppl_baseline'])} -> {figure(d['ppl_quantized'])} ({d['num_tokens']} held-out calibration tokens)")
         table.add_row("KL divergence", f"{figure(d['kl_mean'], 5)} ± {figure(d['kl_se'], 5)} nats; same top token {100 * d['top1']:.2f}%")
     else:
-        table.add_row("perplexity, KL", f"not measured; quantkit eval {report.output} --baseline {report.source}")
+        table.add_row("perplexity, KL", f"not measured; quantkit eval {quote(report.output)} --baseline {quote(report.source)}")
     results.print(table)
     if report.calibration:
         results.print(report.calibration)

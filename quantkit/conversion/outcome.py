@@ -24,7 +24,7 @@ def make_report(
 ) -> ConversionReport:
     plan = prepared.plan
     return ConversionReport(
-        source=prepared.origin.name, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results,
+        source=prepared.origin.given, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results,
         left_alone=plan.left_alone, bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw,
         file_bpw=plan.file_bpw, seconds=seconds, peak_memory_bytes=peak_memory(),
         calibration=account(rows, prepared.options) if rows else None, divergence=divergence.to_dict() if divergence else None,

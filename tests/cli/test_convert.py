@@ -71,7 +71,18 @@ def test_without_calibration_it_says_how_to_measure(tiny: Path, tmp_path: Path, 
     convert(tiny, "-o", tmp_path / "out", *DATA_FREE)
 
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "not measured; quantkit eval" in words and "--baseline" in words
+    assert f"not measured; quantkit eval {tmp_path / 'out'} --baseline {tiny}" in words
+    assert json.loads((tmp_path / "out" / "quantkit_report.json").read_text())["source"] == str(tiny)
+
+
+def test_a_suggested_command_can_be_typed_as_it_stands(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "my models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+
+    convert("my models/tiny", "-o", "my models/out", *DATA_FREE)
+
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "quantkit eval 'my models/out' --baseline 'my models/tiny'" in words
 
 
 @pytest.mark.parametrize("is_calibrated", [True, False])
