@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from quantkit.checkpoint.weight_files import some
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult, figure
@@ -101,6 +102,8 @@ def show_report(report: ConversionReport) -> None:
     for note in report.notes:
         results.print(f"note: {note}")
     _show_notes(results, {f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)
+    if report.left_behind:
+        results.print(f"left behind (other weights, or replaced by the output's own): {some(report.left_behind)}")
 
 
 def _show_notes(results: Console, notes: set[str], left_alone: dict[str, str]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from quantkit.checkpoint.side_files import side_files
+from quantkit.checkpoint.side_files import left_behind, side_files
 from quantkit.checkpoint.source import resolve
+from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.calibration import CalibrationOptions, load_calibration
 from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify_structure import config_problems, missing_parameters
@@ -150,7 +151,10 @@ def _check_against(opened: OpenedCheckpoint, source: OpenedCheckpoint, result: V
         unlike.insert(0, "only norms differ, as after AWQ or SmoothQuant, which fold scales into them; layer errors then say nothing, and KL does")
     result.add("unquantized tensors", unlike, f"{num_equal} equal the original's bit for bit")
     files = [path for path in side_files(source.reader.folder, exclude=_OWN_FILES) if not (opened.reader.folder / path).is_file()]
-    result.add("side files", [f"{path} of the original is missing" for path in files], "all of the original's are there")
+    behind = left_behind(source.reader.folder, weights=source.reader.files, exclude=_OWN_FILES)
+    absent = [path.as_posix() for path in behind if not (opened.reader.folder / path).is_file()]
+    words = "all of the original's are there" + (f", but for other weights and pickles: {some(absent, 3)}" if absent else "")
+    result.add("side files", [f"{path} of the original is missing" for path in files], words)
 
 
 def _check_tokenizer(folder: Path, source: OpenedCheckpoint | None, result: Verification, options: VerifyOptions) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from quantkit.checkpoint import output
 from quantkit.checkpoint.output import check, finish, partial_folder, prepare, release
-from quantkit.checkpoint.side_files import copy_side_files, side_files
+from quantkit.checkpoint.side_files import copy_side_files, left_behind, side_files
 from quantkit.errors import OutputError, SourceError
 
 _ROOT = Path(__file__).parents[2]
@@ -301,13 +301,30 @@ def _fill(folder: Path, *names: str) -> None:
 def test_side_files_are_everything_but_weights_and_config(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     kept = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "generation_config.json", "LICENSE", "README.md", "modeling_x.py"]
-    kept += ["additional_chat_templates/tool.jinja", "1_Pooling/config.json"]
+    kept += ["additional_chat_templates/tool.jinja", "1_Pooling/config.json", "spm.bin"]
     left = ["config.json", "quantize_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
     left += ["pytorch_model.bin.index.json", "a.pt", "b.pth", "c.ckpt", "d.gguf", "onnx/e.onnx", "flax_model.msgpack", "tf_model.h5"]
     left += [".gitattributes", ".git/HEAD", ".cache/huggingface/x.json", "__pycache__/x.pyc", "old.partial/tokenizer.json"]
     _fill(source, *kept, *left)
     assert sorted(map(str, copy_side_files(source, target))) == _tree(target) == sorted(kept)
     assert all((target / name).read_text() == name for name in kept)
+
+
+@pytest.mark.parametrize("first", [b"PK\x03\x04", b"\x80\x02"], ids=["zip", "pickle"])
+def test_a_file_that_begins_as_torch_s_do_is_no_side_file(first: bytes, tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").write_bytes(first + b"...")
+
+    assert side_files(tmp_path) == []
+
+
+def test_what_does_not_come_along_is_named(tmp_path: Path) -> None:
+    own = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json", ".cache/x.bin"]
+    behind = ["README.md", "extra.safetensors", "pytorch_model.bin", "sub/adapter_model.safetensors"]
+    _fill(tmp_path, *own, *behind)
+
+    found = left_behind(tmp_path, weights=[tmp_path / own[1]], exclude=["README.md", "recipe.yaml"])
+
+    assert [path.as_posix() for path in found] == behind
 
 
 def test_excluded_side_files_stay_behind(tmp_path: Path) -> None:

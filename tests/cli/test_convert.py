@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from quantkit.cli import progress
 from quantkit.cli.main import main
 from quantkit.conversion.report import LayerResult
+from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.formats.opened import OpenedCheckpoint
 from tests.conversion.conftest import edit_tensors, save_tiny
 
@@ -73,6 +74,22 @@ def test_without_calibration_it_says_how_to_measure(tiny: Path, tmp_path: Path, 
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"not measured; quantkit eval {tmp_path / 'out'} --baseline {tiny}" in words
     assert json.loads((tmp_path / "out" / "quantkit_report.json").read_text())["source"] == str(tiny)
+
+
+def test_files_that_do_not_come_along_are_named(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    save_file({"x": torch.ones(1)}, tiny / "extra.safetensors")
+    (tiny / "recipe.yaml").write_text("theirs")
+    (tiny / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tiny / "spm.bin").write_bytes(b"\n\x0e\n\x05")
+
+    convert(tiny, "-o", tmp_path / "out", *DATA_FREE)
+
+    left = ["README.md", "extra.safetensors", "recipe.yaml"]
+    assert f"by the output's own): {', '.join(left)}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "quantkit_report.json").read_text())["left_behind"] == left
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text() and (tmp_path / "out" / "spm.bin").is_file()
+    checks = {check.name: check for check in verify(tmp_path / "out", against=str(tiny), options=VerifyOptions(num_tokens=0)).checks}
+    assert checks["side files"].ok and checks["side files"].detail.endswith("other weights and pickles: extra.safetensors")
 
 
 def test_a_suggested_command_can_be_typed_as_it_stands(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
