@@ -222,6 +222,12 @@ WRONG_USAGE = {
     "layout": (["--calib-layout", "stack"], "'stack' is not one of 'pack', 'pad'"),
     "dtype": (["--dtype", "float17"], "unknown dtype 'float17'; did you mean 'float16'"),
     "device": (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
+    "recipe": (["-r", "w4a16-gtpq"], "unknown recipe 'w4a16-gtpq'; did you mean 'w4a16-gptq'"),
+    "format": (["-f", "gtpq"], "unknown format 'gtpq'; did you mean 'gptq'?"),
+    "override": (["--override", "down_proj"], "override 'down_proj' is not of the form 'REGEX=scheme'"),
+    "scheme": (["--override", "down_proj=w4a17"], "unknown scheme 'w4a17'; did you mean 'w4a16'"),
+    "no group": (["--group-size", "0"], "group size 0 is not supported; use 8 or more, or -1"),
+    "pattern": (["--ignore", "("], "pattern '(' is not a regular expression"),
     "half a pair": (["--prompt-column", "q"], "prompt_column and response_column come together"),
 }
 
@@ -240,10 +246,6 @@ def test_wrong_usage_ends_with_2(case: str, tiny: Path, tmp_path: Path, capsys: 
 
 REFUSED = {
     "source": (["nowhere/at/all"], "there is no folder 'nowhere/at/all'"),
-    "recipe": (["TINY", "-r", "w4a16-gtpq"], "unknown recipe 'w4a16-gtpq'; did you mean 'w4a16-gptq'"),
-    "format": (["TINY", "-f", "gtpq"], "unknown format 'gtpq'; did you mean 'gptq'?"),
-    "override": (["TINY", "--override", "down_proj"], "override 'down_proj' is not of the form 'REGEX=scheme'"),
-    "scheme": (["TINY", "--override", "down_proj=w4a17"], "unknown scheme 'w4a17'; did you mean 'w4a16'"),
     "pattern": (["TINY", "--ignore", "downproj"], "pattern 'downproj' matches no layer; layers end in down_proj"),
     "group": (["TINY", "--group-size", "48"], "group size 48 does not divide the 64 input features"),
     "tokenizer": (["TINY"], "has no tokenizer"),

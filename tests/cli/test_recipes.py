@@ -44,5 +44,5 @@ def test_a_file_is_shown_as_it_stands_though_it_bears_a_shipped_name(tmp_path: P
 def test_an_unknown_recipe_is_answered_with_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "show", "w4a16-gtpq")
 
-    assert code == 1
+    assert code == 2
     assert "did you mean 'w4a16-gptq'" in err
