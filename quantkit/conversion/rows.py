@@ -20,8 +20,8 @@ def load_rows(prepared: Prepared) -> CalibrationSet:
     wanted = prepared.options.calibration
     extra = num_held_out(wanted.num_samples) if prepared.options.measure else 0
     more = replace(wanted, num_samples=wanted.num_samples + extra)
-    if wanted.source and wanted.source.endswith(".safetensors"):
-        return load_token_file(Path(wanted.source), more, prepared.architecture)
+    if wanted.is_tokens:
+        return load_token_file(Path(str(wanted.source)), more, prepared.architecture)
     tokenizer = load_tokenizer(prepared.origin.folder, trust_remote_code=prepared.options.trust_remote_code)
     rows = load_calibration(more, tokenizer, context=prepared.architecture.context)
     vocabulary = int(prepared.architecture.config.get_text_config().vocab_size)
