@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from shlex import quote
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,7 @@ from quantkit.checkpoint.weight_files import some
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult, figure
+from quantkit.formats.summary import summarize
 
 console = Console(stderr=True, highlight=False, markup=False)
 
@@ -104,6 +106,16 @@ def show_report(report: ConversionReport) -> None:
     _show_notes(results, {f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)
     if report.left_behind:
         results.print(f"left behind (other weights, or replaced by the output's own): {some(report.left_behind)}")
+    _show_engines(results, Path(report.output))
+
+
+def _show_engines(results: Console, out: Path) -> None:
+    """Who loads what was written, and why the others do not."""
+    verdicts = summarize(out).verdicts
+    results.print(f"loads in {', '.join(verdict.engine for verdict in verdicts if verdict.loads)}")
+    for verdict in verdicts:
+        if verdict.loads is False:
+            results.print(f"not in {verdict.engine}: {verdict.reason}")
 
 
 def _show_notes(results: Console, notes: set[str], left_alone: dict[str, str]) -> None:

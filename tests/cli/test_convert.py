@@ -76,6 +76,16 @@ def test_without_calibration_it_says_how_to_measure(tiny: Path, tmp_path: Path, 
     assert json.loads((tmp_path / "out" / "quantkit_report.json").read_text())["source"] == str(tiny)
 
 
+def test_engines_that_do_not_load_the_output_are_told_with_the_reason(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "symmetric", *DATA_FREE)
+    symmetric = capsys.readouterr().out
+    convert(tiny, "-o", tmp_path / "asymmetric", *DATA_FREE, "--override", ".*=w4a16-asym-g32")
+    asymmetric = capsys.readouterr().out
+
+    assert "loads in vLLM, SGLang, transformers" in symmetric and "not in transformers" not in symmetric
+    assert "not in transformers: fails on packed asymmetric weights by default" in asymmetric and "dequantize=True" in asymmetric
+
+
 def test_files_that_do_not_come_along_are_named(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
     save_file({"x": torch.ones(1)}, tiny / "extra.safetensors")
     (tiny / "recipe.yaml").write_text("theirs")
