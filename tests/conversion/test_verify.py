@@ -192,9 +192,10 @@ def test_weights_of_zeros_and_of_few_values_are_as_near_as_can_be(tmp_path: Path
 
 
 def test_another_model_s_original_is_told_by_its_shapes(peers: Path, test_data: Path) -> None:
-    result = verify(peers / "ct_w4a16_gptq", against=str(test_data / "data" / "stories260k-hf"), options=QUICK)
+    result = verify(peers / "ct_w4a16_gptq", against=str(test_data / "data" / "stories260k-hf"), options=VerifyOptions(num_tokens=100))
 
     assert "down_proj is [256, 512], and [64, 172] in the original" in failed(result)["layer errors"]
+    assert "they are not the same model" in failed(result)["KL divergence"]
 
 
 def test_a_model_that_computes_nan_fails_with_the_block_named(test_data: Path, tmp_path: Path) -> None:
