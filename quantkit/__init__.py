@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,14 +28,15 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name]), name)
 
 
-def convert(source: str, out: str, **options: Any) -> ConversionReport:
+def convert(source: str | PathLike[str], out: str | PathLike[str], **options: Any) -> ConversionReport:
     """Quantize a model and write it to a new folder.
 
     Args:
         source: folder, hub id, `modelscope:org/name`, or "reference".
         out: the folder to write.
-        options: recipe, format, calib (a path or data set), num_samples, seq_len, group_size, overrides, ignore, and the other fields of
-            quantkit.conversion.options.ConvertOptions and quantkit.conversion.calibration.CalibrationOptions.
+        options: recipe, format, calib (a path or data set), num_samples, seq_len, group_size, overrides, ignore, max_shard_size (bytes, or "5GB"),
+            dtype (a name, or torch's type), and the other fields of quantkit.conversion.options.ConvertOptions and
+            quantkit.conversion.calibration.CalibrationOptions.
 
     Raises:
         quantkit.errors.QuantkitError: with nothing lost; the same call goes on with an unfinished run.
@@ -46,8 +48,15 @@ def convert(source: str, out: str, **options: Any) -> ConversionReport:
     from quantkit.conversion.options import ConvertOptions
     from quantkit.errors import UsageError, did_you_mean
 
+    options = {name: _as_typed(name, value) for name, value in options.items()}
     if "calib" in options:
         options["source"] = options.pop("calib")
+        if not isinstance(options["source"], str | None):
+            raise UsageError(f"calib is {options['source']!r}; give a path or the name of a data set, or None for the built-in mix")
+    source, out = _as_typed("source", source), _as_typed("out", out)
+    for name, value in (("source", source), ("out", out)):
+        if not isinstance(value, str):
+            raise UsageError(f"{name} is {value!r}; give a path or a name")
     data = {f.name for f in fields(CalibrationOptions)}
     own = {f.name for f in fields(ConvertOptions)} - {"calibration"}
     for name in options:
@@ -55,6 +64,17 @@ def convert(source: str, out: str, **options: Any) -> ConversionReport:
             raise UsageError(f"convert has no option {name!r}; {did_you_mean(name, data - {'source'} | own | {'calib'})}")
     calibration = CalibrationOptions(**{k: v for k, v in options.items() if k in data})
     return run(source, out, ConvertOptions(calibration=calibration, **{k: v for k, v in options.items() if k in own}))
+
+
+def _as_typed(name: str, value: Any) -> Any:
+    """A value as the command line has it: a path or torch's type by its name, a size in bytes."""
+    from quantkit.given import size_in_bytes
+
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if name == "max_shard_size" and isinstance(value, str):
+        return size_in_bytes(value)
+    return str(value).removeprefix("torch.") if name == "dtype" and str(value).startswith("torch.") else value
 
 
 def inspect(path: str) -> Summary:

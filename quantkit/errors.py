@@ -5,7 +5,7 @@ QuantkitError
 ├── SourceError         a model that is not there, not whole, or not of a kind quantkit converts
 ├── CheckpointError     a checkpoint file that is damaged, truncated, unsafe or half written
 ├── FormatError         a container that cannot hold, or does not contain, what was asked
-├── RecipeError         a recipe that is not valid or not known
+├── RecipeError         a recipe that is not valid, or does not fit the model
 ├── CalibrationError    calibration data that is empty, too short or unreadable
 ├── RequestError        a request to the runtime that cannot be served: parameters, length, tokens
 │   ├── TooLongError    more tokens than the context or the cache holds

@@ -16,11 +16,15 @@ from pathlib import Path
 from quantkit.checkpoint.disk import disk_errors, sync_folder
 from quantkit.checkpoint.ledger import LEDGER_FILE
 from quantkit.checkpoint.side_files import copy_side_files
+from quantkit.checkpoint.weight_files import some
 from quantkit.errors import OutputError
 
 __all__ = ["check", "copy_side_files", "finish", "partial_folder", "prepare", "release"]
 
 _LOCK_FILE = ".quantkit-lock"
+_WEIGHTS = (".safetensors", ".gguf")
+_MODEL_FOLDERS = ("additional_chat_templates", ".cache")
+"""Sub-folders that belong to a model whoever wrote it: of transformers, and of the Hub's downloader. Of others nobody knows what they hold."""
 _held: dict[Path, int] = {}
 
 
@@ -144,8 +148,12 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         names = sorted(path.name for path in target.iterdir())
     if names and not overwrite:
         raise OutputError(f"{target} exists; choose another name, or replace it with --overwrite")
-    if names and "config.json" not in names and not any(name.endswith((".safetensors", ".gguf")) for name in names):
+    if names and not any(name.endswith(_WEIGHTS) for name in names):
         raise OutputError(f"{target} is not a model (it holds {', '.join(names[:5])}), so --overwrite does not delete it; choose another name")
+    foreign = [name for name in names if (target / name).is_dir() and name not in _MODEL_FOLDERS]
+    if foreign:
+        what = f"the folder{'s' if len(foreign) > 1 else ''} {some(foreign, 5)}"
+        raise OutputError(f"{target} holds {what}, which --overwrite does not delete; move {'them' if len(foreign) > 1 else 'it'} away first")
 
 
 def _check_partial(partial: Path) -> None:

@@ -15,8 +15,10 @@ from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.ledger import LEDGER_FILE
 from quantkit.errors import SourceError
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".tflite", ".part")
-_INDEXES = tuple(f"{suffix}.index.json" for suffix in _WEIGHTS)
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".tflite", ".part")
+_INDEXES = tuple(f"{suffix}.index.json" for suffix in (*_WEIGHTS, ".bin"))
+_PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How torch's files begin; a .bin that begins otherwise holds no weights: sentencepiece's spm.bin, say."""
 _REWRITTEN = ("config.json", "quantize_config.json", LEDGER_FILE)
 
 
@@ -30,14 +32,22 @@ def side_files(source_folder: Path, *, exclude: Collection[str] = ()) -> list[Pa
         SourceError: one of them is a link that is broken or leads out of the model.
     """
     source_folder = Path(source_folder)
-    found = []
-    for root, folders, names in os.walk(source_folder):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        relative = [(Path(root) / name).relative_to(source_folder) for name in names if not _is_hidden(name)]
-        found += [path for path in relative if not _is_left_out(path, exclude)]
+    left_out = {*_REWRITTEN, *exclude}
+    found = [path for path in _files(source_folder) if path.as_posix() not in left_out and not _is_weights(source_folder, path)]
     for path in found:
         _require_inside(source_folder, path)
-    return sorted(found)
+    return found
+
+
+def left_behind(source_folder: Path, *, weights: Collection[Path], exclude: Collection[str] = ()) -> list[Path]:
+    """The files of a model that come neither along nor anew, sorted: weights that are not the model's own, pickles, and what is excluded.
+
+    Args:
+        weights: the files that hold the model's tensors.
+    """
+    source_folder = Path(source_folder)
+    known = {*side_files(source_folder, exclude=exclude), *map(Path, _REWRITTEN), *(path.relative_to(source_folder) for path in weights)}
+    return [path for path in _files(source_folder) if path not in known and not path.name.endswith(_INDEXES)]
 
 
 def copy_side_files(source_folder: Path, folder: Path, *, exclude: Collection[str] = ()) -> list[Path]:
@@ -60,12 +70,30 @@ def copy_side_files(source_folder: Path, folder: Path, *, exclude: Collection[st
     return copied
 
 
+def _files(folder: Path) -> list[Path]:
+    """Every file that is not hidden, relative to the folder, sorted."""
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [(Path(root) / name).relative_to(folder) for name in names if not _is_hidden(name)]
+    return sorted(found)
+
+
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__pycache__" or name.endswith(".partial")
 
 
-def _is_left_out(path: Path, exclude: Collection[str]) -> bool:
-    return path.as_posix() in _REWRITTEN or path.as_posix() in exclude or path.name.endswith(_WEIGHTS + _INDEXES)
+def _is_weights(source_folder: Path, path: Path) -> bool:
+    return path.name.endswith(_WEIGHTS + _INDEXES) or (path.suffix == ".bin" and _is_pickle(source_folder / path))
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.name.startswith("pytorch_model"):
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4).startswith(_PICKLED)
 
 
 def _require_inside(source_folder: Path, path: Path) -> None:

@@ -27,10 +27,11 @@ _EXPECTED = "give a folder with config.json and safetensors files, a Hub id such
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model on this machine: its folder, and the name to call it by (the Hub id, or the name of the folder)."""
+    """A model on this machine: its folder, the name to call it by (the Hub id, or the name of the folder), and what the user gave to have it."""
 
     folder: Path
     name: str
+    given: str
 
 
 def resolve(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -49,9 +50,9 @@ def resolve(source: str, *, revision: str | None = None, trust_remote_code: bool
         raise SourceError(f"there is no folder of an empty name; {_EXPECTED}")
     path = Path(source).expanduser()
     if source == REFERENCE:
-        return Source(_reference_folder(), REFERENCE)
+        return Source(_reference_folder(), REFERENCE, source)
     if path.is_dir():
-        return Source(path, path.resolve().name)
+        return Source(path, path.resolve().name, source)
     if path.is_file():
         raise SourceError(_file_message(path))
     patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
@@ -98,7 +99,7 @@ def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Source:
 
     folder = _fetch(name, revision, patterns, snapshot_download)
     _require_weights(folder, name)
-    return Source(folder, name)
+    return Source(folder, name, name)
 
 
 def _fetch(name: str, revision: str | None, patterns: list[str], download: Callable[..., str]) -> Path:
@@ -147,7 +148,7 @@ def _from_modelscope(name: str, revision: str | None, patterns: list[str]) -> So
             f"{name} could not be fetched from ModelScope: {error}; check the name and the connection, or give a local folder"
         ) from error
     _require_weights(folder, name)
-    return Source(folder, name)
+    return Source(folder, name, f"{_MODELSCOPE}{name}")
 
 
 def _require_weights(folder: Path, name: str) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantkit.errors import UsageError
+from quantkit.given import size_in_bytes
+
 if TYPE_CHECKING:
     from quantkit.conversion.options import ConvertOptions
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Size(click.ParamType):
@@ -20,10 +21,10 @@ class Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(value).strip(), re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is no size; write 5GB, 500MB or 512MiB", param, ctx)
-        return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+        try:
+            return size_in_bytes(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command()
@@ -75,7 +76,7 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
     with console.status("reading headers"):
         prepared = plan_conversion(source, settings)
     if dry_run and as_json:
-        click.echo(json.dumps({"source": prepared.origin.name, "recipe": prepared.recipe.name} | prepared.plan.to_dict(), indent=1))
+        click.echo(json.dumps({"source": prepared.origin.given, "recipe": prepared.recipe.name} | prepared.plan.to_dict(), indent=1))
         return
     if dry_run:
         show_plan(prepared)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Self
 
@@ -10,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from quantkit.checkpoint.weight_files import some
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
-from quantkit.conversion.report import ConversionReport, LayerResult
+from quantkit.conversion.report import ConversionReport, LayerResult, figure
+from quantkit.formats.summary import summarize
 
 console = Console(stderr=True, highlight=False, markup=False)
 
@@ -90,16 +94,28 @@ def show_report(report: ConversionReport) -> None:
     table.add_row("layer error", f"mean {report.mean_error:.2e}, worst {report.worst.error:.2e} ({report.worst.name})")
     if report.divergence:
         d = report.divergence
-        table.add_row("perplexity", f"{d['ppl_baseline']:.4f} -> {d['ppl_quantized']:.4f} ({d['num_tokens']} held-out calibration tokens)")
-        table.add_row("KL divergence", f"{d['kl_mean']:.5f} ± {d['kl_se']:.5f} nats; same top token {100 * d['top1']:.2f}%")
+        table.add_row("perplexity", f"{figure(d['ppl_baseline'])} -> {figure(d['ppl_quantized'])} ({d['num_tokens']} held-out calibration tokens)")
+        table.add_row("KL divergence", f"{figure(d['kl_mean'], 5)} ± {figure(d['kl_se'], 5)} nats; same top token {100 * d['top1']:.2f}%")
     else:
-        table.add_row("perplexity, KL", f"not measured; quantkit eval {report.output} --baseline {report.source}")
+        table.add_row("perplexity, KL", f"not measured; quantkit eval {quote(report.output)} --baseline {quote(report.source)}")
     results.print(table)
     if report.calibration:
         results.print(report.calibration)
     for note in report.notes:
         results.print(f"note: {note}")
     _show_notes(results, {f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)
+    if report.left_behind:
+        results.print(f"left behind (other weights, or replaced by the output's own): {some(report.left_behind)}")
+    _show_engines(results, Path(report.output))
+
+
+def _show_engines(results: Console, out: Path) -> None:
+    """Who loads what was written, and why the others do not."""
+    verdicts = summarize(out).verdicts
+    results.print(f"loads in {', '.join(verdict.engine for verdict in verdicts if verdict.loads)}")
+    for verdict in verdicts:
+        if verdict.loads is False:
+            results.print(f"not in {verdict.engine}: {verdict.reason}")
 
 
 def _show_notes(results: Console, notes: set[str], left_alone: dict[str, str]) -> None:

@@ -33,7 +33,8 @@ def list_all() -> None:
 @recipes.command()
 @click.argument("name")
 def show(name: str) -> None:
-    """Print one recipe, by name or path, as YAML."""
-    from quantkit.conversion.recipe import Recipe
+    """Print one recipe, by name or path, as it stands in its file, if it is valid."""
+    from quantkit.conversion.recipe import Recipe, recipe_text
 
-    click.echo(Recipe.load(name).source_text.rstrip())
+    Recipe.load(name)
+    click.echo(recipe_text(name).rstrip())

@@ -9,6 +9,7 @@ import torch
 from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.errors import UsageError, did_you_mean
 from quantkit.formats.registry import get_format
+from quantkit.given import require_types
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +45,7 @@ class ConvertOptions:
         for name in ("overrides", "ignore"):
             if isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} is the string {getattr(self, name)!r}; give a list, as [{getattr(self, name)!r}]")
+        require_types(self)
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; {did_you_mean(self.dtype, DTYPES)}")
         if self.max_shard_size < 1:

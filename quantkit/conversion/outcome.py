@@ -10,25 +10,30 @@ from pathlib import Path
 
 from quantkit.checkpoint.disk import write_atomically
 from quantkit.checkpoint.output import copy_side_files
+from quantkit.checkpoint.side_files import left_behind
 from quantkit.conversion.calibration import CalibrationSet
+from quantkit.conversion.card import kept_front_matter, model_card
 from quantkit.conversion.prepare import Prepared
-from quantkit.conversion.report import ConversionReport, LayerResult, model_card
+from quantkit.conversion.report import ConversionReport, LayerResult
 from quantkit.conversion.rows import account
 from quantkit.core.divergence import DivergenceResult
 
 REPORT_FILE, RECIPE_FILE, CARD_FILE = "quantkit_report.json", "recipe.yaml", "README.md"
+_OWN_FILES = (CARD_FILE, REPORT_FILE, RECIPE_FILE)
 
 
 def make_report(
     prepared: Prepared, out: Path, results: list[LayerResult], divergence: DivergenceResult | None, rows: CalibrationSet | None, seconds: float
 ) -> ConversionReport:
-    plan = prepared.plan
+    plan, folder = prepared.plan, prepared.origin.folder
+    behind = left_behind(folder, weights=prepared.source.reader.files, exclude=_OWN_FILES)
     return ConversionReport(
-        source=prepared.origin.name, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results,
+        source=prepared.origin.given, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results,
         left_alone=plan.left_alone, bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw,
         file_bpw=plan.file_bpw, seconds=seconds, peak_memory_bytes=peak_memory(),
         calibration=account(rows, prepared.options) if rows else None, divergence=divergence.to_dict() if divergence else None,
         versions={name: version(name) for name in ("quantkit", "torch", "transformers")}, notes=list(plan.notes),
+        left_behind=[path.as_posix() for path in behind],
     )  # fmt: skip
 
 
@@ -40,13 +45,13 @@ def peak_memory() -> int:
 
 def write_side_files(prepared: Prepared, partial: Path, report: ConversionReport) -> None:
     """Everything beside the weights; config.json, which makes the folder a model, comes last."""
-    copy_side_files(prepared.origin.folder, partial, exclude=(CARD_FILE, REPORT_FILE, RECIPE_FILE))
+    copy_side_files(prepared.origin.folder, partial, exclude=_OWN_FILES)
     config = {k: v for k, v in prepared.source.reader.config.items() if k not in ("quantization_config", "compression_config")}
     if prepared.options.dtype != "auto":
         config |= {"dtype": prepared.options.dtype} | ({"torch_dtype": prepared.options.dtype} if "torch_dtype" in config else {})
     config["quantization_config"] = prepared.plan.format.config(prepared.plan.schemes, prepared.plan.ignored)
     _write_text(partial / RECIPE_FILE, prepared.recipe.to_yaml())
-    _write_text(partial / CARD_FILE, model_card(report, prepared.origin.name))
+    _write_text(partial / CARD_FILE, model_card(report, prepared.origin.name, kept_front_matter(prepared.origin.folder / CARD_FILE)))
     _write_text(partial / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
     if config["quantization_config"]["quant_method"] == "gptq":
         _write_text(partial / "quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")

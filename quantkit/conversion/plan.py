@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Plan:
 
     Attributes:
         layers: quantized linears by checkpoint name, in block order.
-        left_alone: matrices of the blocks and the head that keep their type, with the reason.
+        left_alone: matrices that keep their type, embeddings aside, with the reason.
         tensors: every output tensor in the order of the file.
         carried: dense names copied as they are (cast to `dtype` when one is given).
         max_shard_size: bytes of one weight file.
@@ -112,10 +112,12 @@ def make_plan(
         RecipeError: a pattern that matches nothing, a strict group that does not divide, or nothing left to quantize.
         FormatError: the container cannot hold a layer's scheme.
     """
-    layers, left_alone = _decide(architecture, recipe, source, get_format(format_name))
+    unbuilt = _unbuilt(source, architecture)
+    layers, left_alone = _decide(architecture, unbuilt, recipe, source, get_format(format_name))
     fmt = get_format(format_name, (layer.scheme for layer in layers.values()))
     _check_format(fmt, layers)
-    plan = Plan(fmt, layers, left_alone, _ignored_linears(architecture, layers), [], [], source.reader.total_bytes, max_shard_size)
+    ignored = _ignored_linears(architecture, layers) | {name for name in unbuilt if f"{name}.weight" in source}
+    plan = Plan(fmt, layers, left_alone, sorted(ignored), [], [], source.reader.total_bytes, max_shard_size)
     model_dtype = dtype or source.dtype
     conv1d = {linear.name for block in architecture.blocks for linear in block.linears if linear.is_transposed}
     for name in _in_file_order(source):
@@ -134,10 +136,25 @@ def make_plan(
     return plan
 
 
-def _decide(architecture: Architecture, recipe: Recipe, source: OpenedCheckpoint, fmt: Format) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+def _unbuilt(source: OpenedCheckpoint, architecture: Architecture) -> dict[str, str]:
+    """Matrices of the checkpoint that are in no module of the tree, by name, with the reason to leave them alone."""
+    why = "transformers builds no module for it"
+    return {name.removesuffix(".weight"): why for name in architecture.unplaced(source.names) if _is_matrix(source, name)}
+
+
+def _is_matrix(source: OpenedCheckpoint, name: str) -> bool:
+    if name not in source.reader:
+        return True
+    info = source.reader.info(name)
+    return info.dtype.is_floating_point and sum(size > 1 for size in info.shape) > 1
+
+
+def _decide(
+    architecture: Architecture, unbuilt: dict[str, str], recipe: Recipe, source: OpenedCheckpoint, fmt: Format
+) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     layers: dict[str, LayerPlan] = {}
     outside = {linear.name: "outside the decoder blocks" for linear in architecture.outside}
-    alone = {name: why for block in architecture.blocks for name, why in block.left_alone.items()}
+    alone = {name: why for block in architecture.blocks for name, why in block.left_alone.items()} | unbuilt
     left_alone = {name: why for name, why in outside.items() if f"{name}.weight" in source} | alone
     linears = [linear for block in architecture.blocks for linear in block.linears]
     _refuse_patterns(recipe, [linear.name for linear in linears], outside | alone)
@@ -231,7 +248,7 @@ def _check_format(fmt: Format, layers: dict[str, LayerPlan]) -> None:
         raise FormatError(f"{fmt.name} cannot hold {layers[names[0]].scheme.name} of {_and_more(names)}: {why}")
 
 
-def _ignored_linears(architecture: Architecture, layers: dict[str, LayerPlan]) -> list[str]:
+def _ignored_linears(architecture: Architecture, layers: dict[str, LayerPlan]) -> set[str]:
     """Matrices that a loader would otherwise take for quantized: some make a Linear of what is none here, such as a router.
 
     By the name in the checkpoint and, where that is another, in transformers' module tree: engines go by the one, transformers by the other.
@@ -243,7 +260,7 @@ def _ignored_linears(architecture: Architecture, layers: dict[str, LayerPlan]) -
         if path in alone or (isinstance(module, nn.Linear | Conv1D) and path not in quantized):
             parts = [part for parameter, _ in module.named_parameters(path, recurse=False) for part in architecture.stored.sources(parameter)]
             names |= {path, *(part.removesuffix(".weight") for part in parts if part.endswith(".weight"))}
-    return sorted(names)
+    return names
 
 
 def _in_file_order(source: OpenedCheckpoint) -> list[str]:
@@ -254,13 +271,9 @@ def _in_file_order(source: OpenedCheckpoint) -> list[str]:
 
 def _plan_layer(plan: Plan, layer: LayerPlan, model_dtype: torch.dtype) -> None:
     rows, columns = layer.linear.shape
-    for local, (dtype, shape) in _stored(plan.format, layer.scheme, layer.linear.shape, model_dtype).items():
+    for local, (dtype, shape) in plan_shapes(plan.format, layer.scheme, layer.linear.shape, model_dtype).items():
         tensor = TensorPlan(f"{layer.linear.name}.{local}", dtype, shape)
         plan.tensors.append(tensor)
         plan.bits_of_layers += 8 * tensor.nbytes
     plan.weights_of_layers += rows * columns
     plan.parameters += rows * columns
-
-
-_stored = cache(plan_shapes)
-"""Thousands of layers have a handful of shapes."""

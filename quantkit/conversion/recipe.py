@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from quantkit.core.scheme import CHANNEL, Scheme, parse_scheme
-from quantkit.errors import RecipeError, did_you_mean
+from quantkit.errors import RecipeError, UsageError, did_you_mean
 from quantkit.paths import packaged
 
 
@@ -80,19 +80,10 @@ class Recipe(BaseModel):
         """A shipped recipe by name, or a YAML file by path.
 
         Raises:
-            RecipeError: there is no such recipe, or it is not valid; the message names the key and what would work.
+            UsageError: there is no such recipe.
+            RecipeError: it is not valid; the message names the key and what would work.
         """
-        shipped = {path.stem: path for path in packaged("recipes").glob("*.yaml")}
-        path = shipped.get(name, Path(name))
-        if name not in shipped and path.suffix not in (".yaml", ".yml"):
-            raise RecipeError(f"unknown recipe {name!r}; {did_you_mean(name, shipped)}")
-        if not path.is_file():
-            raise RecipeError(f"no recipe file {name}; give a YAML file, or one of {', '.join(sorted(shipped))}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe file {name} cannot be read: {error}; save it as UTF-8 text") from error
-        return cls.parse(text, str(name))
+        return cls.parse(recipe_text(name), str(name))
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Recipe:
@@ -120,12 +111,6 @@ class Recipe(BaseModel):
         """The recipe as it is in force, the user's changes included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    @property
-    def source_text(self) -> str:
-        """The shipped file's own text, or the recipe written out where it comes from elsewhere."""
-        path = packaged("recipes") / f"{self.name}.yaml"
-        return path.read_text(encoding="utf-8") if path.is_file() else self.to_yaml()
-
     def changed(self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None) -> Recipe:
         """This recipe with the command line's wishes in front.
 
@@ -135,23 +120,45 @@ class Recipe(BaseModel):
             group_size: for every quantized rule and every override that names no group; strict, as is a group named in an override.
 
         Raises:
-            RecipeError: an override is not valid, or a rule's activations are quantized, whose weights have one scale a channel.
+            UsageError: an override or pattern is not valid, or a rule's activations are quantized, whose weights have one scale a channel.
         """
-        rules = list(self.rules)
-        if group_size is not None:
-            rules = [_regrouped(rule, group_size) for rule in rules]
-        front = [Rule(pattern=checked_pattern(pattern), scheme="none") for pattern in ignore]
-        usual = next((rule.rounding for rule in self.rules if rule.scheme != "none"), "mse")
-        for override in overrides:
-            pattern, separator, scheme = override.rpartition("=")
-            if not separator or not pattern:
-                raise RecipeError(f"override {override!r} is not of the form 'REGEX=scheme'; an example is 'down_proj=w8a16'")
-            parse_scheme(scheme)
-            strict = bool(re.search(r"-g\d+$", scheme))
-            rule = Rule(pattern=checked_pattern(pattern), scheme=scheme, rounding=usual, strict=strict)
-            says_group = strict or scheme.endswith("-channel") or parse_scheme(scheme).activation is not None
-            front.append(rule if group_size is None or says_group else _regrouped(rule, group_size))
-        return self.model_copy(update={"rules": tuple(front + rules)})
+        try:
+            rules = list(self.rules)
+            if group_size is not None:
+                rules = [_regrouped(rule, group_size) for rule in rules]
+            front = [Rule(pattern=checked_pattern(pattern), scheme="none") for pattern in ignore]
+            usual = next((rule.rounding for rule in self.rules if rule.scheme != "none"), "mse")
+            for override in overrides:
+                pattern, separator, scheme = override.rpartition("=")
+                if not separator or not pattern:
+                    raise UsageError(f"override {override!r} is not of the form 'REGEX=scheme'; an example is 'down_proj=w8a16'")
+                parse_scheme(scheme)
+                strict = bool(re.search(r"-g\d+$", scheme))
+                rule = Rule(pattern=checked_pattern(pattern), scheme=scheme, rounding=usual, strict=strict)
+                says_group = strict or scheme.endswith("-channel") or parse_scheme(scheme).activation is not None
+                front.append(rule if group_size is None or says_group else _regrouped(rule, group_size))
+            return self.model_copy(update={"rules": tuple(front + rules)})
+        except RecipeError as error:  # the same words stand for a recipe's own content where that is wrong
+            raise UsageError(str(error)) from error
+
+
+def recipe_text(name: str) -> str:
+    """What stands in the file of a shipped recipe, or in one given by its path; not checked.
+
+    Raises:
+        UsageError: there is no such recipe or file.
+        RecipeError: it is no text.
+    """
+    shipped = {path.stem: path for path in packaged("recipes").glob("*.yaml")}
+    path = shipped.get(name, Path(name))
+    if name not in shipped and path.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"unknown recipe {name!r}; {did_you_mean(name, shipped)}")
+    if not path.is_file():
+        raise UsageError(f"no recipe file {name}; give a YAML file, or one of {', '.join(sorted(shipped))}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {name} cannot be read: {error}; save it as UTF-8 text") from error
 
 
 def list_recipes() -> list[Recipe]:

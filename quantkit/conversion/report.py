@@ -41,6 +41,8 @@ class ConversionReport:
     divergence: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    left_behind: list[str] = field(default_factory=list)
+    """Files of the source that the output lacks, or has of its own under the same name."""
 
     @property
     def mean_error(self) -> float:
@@ -54,23 +56,6 @@ class ConversionReport:
         return asdict(self) | {"mean_error": self.mean_error, "worst_layer": self.worst.name}
 
 
-def model_card(report: ConversionReport, base_model: str) -> str:
-    """README.md of the output: where it comes from, how it was made, what it cost, how to load it."""
-    rows = [
-        ("recipe", report.recipe),
-        ("container", report.format),
-        ("size", f"{report.bytes_before / 1e6:,.1f} MB -> {report.bytes_after / 1e6:,.1f} MB"),
-        ("bits per weight", f"{report.linear_bpw:.3f} in quantized layers, {report.file_bpw:.3f} over the file"),
-        ("mean / worst layer error", f"{report.mean_error:.2e} / {report.worst.error:.2e} ({report.worst.name})"),
-    ]
-    if report.calibration:
-        rows.append(("calibration", report.calibration.removeprefix("calibration: ")))
-    if report.divergence:
-        d = report.divergence
-        rows.append(("perplexity on held-out calibration rows", f"{d['ppl_baseline']:.4f} -> {d['ppl_quantized']:.4f}"))
-        rows.append(("KL divergence from the original", f"{d['kl_mean']:.5f} ± {d['kl_se']:.5f} nats over {d['num_tokens']} tokens"))
-        rows.append(("same most likely token", f"{100 * d['top1']:.2f}%"))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    account = "Every layer's figures are in quantkit_report.json, the recipe in recipe.yaml."
-    front = f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [quantkit, {report.format}]\n---\n" if "/" in base_model else ""
-    return f"{front}# {base_model} by quantkit\n\n| | |\n|---|---|\n{table}\n\n{account}\n"
+def figure(value: float | None, digits: int = 4) -> str:
+    """A number of a report's divergence; None is what JSON has for one that is infinite or undefined."""
+    return "not finite" if value is None else f"{value:.{digits}f}"

@@ -10,7 +10,8 @@ from torch import Tensor
 from quantkit.conversion.plan import LayerPlan, Plan
 from quantkit.conversion.report import LayerResult
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.errors import SourceError
+from quantkit.errors import CalibrationError, SourceError
+from quantkit.formats.base import Format
 from quantkit.methods.base import Rounding, Statistics
 from quantkit.methods.registry import get_rounding
 from quantkit.models.streaming import Weights
@@ -41,11 +42,15 @@ def _round_alike(
     parts = [finite_weight(layer, weights).to(device) for layer in layers]
     rounding, note = _affordable(first.rounding, statistics, parts[0].shape[1])
     stacked = torch.cat(parts)
-    rounded = rounding(stacked, spec, plan.format.scale_dtype(model_dtype), statistics)
+    try:
+        rounded = rounding(stacked, spec, plan.format.scale_dtype(model_dtype), statistics)
+    except CalibrationError as error:
+        raise CalibrationError(f"{' and '.join(layer.linear.name for layer in layers[:3])}: {error}") from error
     start = 0
     for layer, weight in zip(layers, parts, strict=True):
         q = rounded.rows(start, start + weight.shape[0])
         start += weight.shape[0]
+        _require_scales(layer, weight, q, plan.format)
         result = LayerResult(
             layer.linear.name, layer.scheme.name, type(rounding).__name__, relative_error(weight, q.dequantize(), statistics),
             None if statistics is None else statistics.num_tokens, "; ".join(n for n in (layer.note, note) if n) or None,
@@ -60,6 +65,17 @@ def _affordable(rounding: Rounding, statistics: Statistics | None, num_inputs: i
     if statistics is None:
         return get_rounding("mse"), "too few calibration tokens reached it, so its scales were searched on the weight alone"
     return get_rounding("mse"), f"only {statistics.num_tokens} calibration tokens reached its {num_inputs} inputs, so its scales alone were searched"
+
+
+def _require_scales(layer: LayerPlan, weight: Tensor, q: QuantizedTensor, fmt: Format) -> None:
+    """Raises SourceError where a scale had to be cut to what its type holds: the largest weights would become far smaller."""
+    dtype = q.scale.dtype
+    if not bool((q.scale.abs() >= torch.finfo(dtype).max).any()):
+        return
+    has_wider = dtype != torch.bfloat16 and fmt.scale_dtype(torch.bfloat16) == torch.bfloat16
+    way = f"leave it with --ignore '{layer.linear.name}$'{', or use --dtype bfloat16' if has_wider else ''}"
+    largest, name = f"{weight.abs().max():.3g}", f"{layer.linear.name}.weight"
+    raise SourceError(f"{name} holds values up to {largest}, whose scales {str(dtype).removeprefix('torch.')} cannot hold; {way}")
 
 
 def finite_weight(layer: LayerPlan, weights: Weights) -> Tensor:

@@ -20,8 +20,8 @@ def load_rows(prepared: Prepared) -> CalibrationSet:
     wanted = prepared.options.calibration
     extra = num_held_out(wanted.num_samples) if prepared.options.measure else 0
     more = replace(wanted, num_samples=wanted.num_samples + extra)
-    if wanted.source and wanted.source.endswith(".safetensors"):
-        return load_token_file(Path(wanted.source), more, prepared.architecture)
+    if wanted.is_tokens:
+        return load_token_file(Path(str(wanted.source)), more, prepared.architecture)
     tokenizer = load_tokenizer(prepared.origin.folder, trust_remote_code=prepared.options.trust_remote_code)
     rows = load_calibration(more, tokenizer, context=prepared.architecture.context)
     vocabulary = int(prepared.architecture.config.get_text_config().vocab_size)
@@ -34,9 +34,10 @@ def load_rows(prepared: Prepared) -> CalibrationSet:
 
 
 def split_rows(rows: CalibrationSet, options: ConvertOptions) -> tuple[CalibrationSet, CalibrationSet | None]:
-    extra = num_held_out(options.calibration.num_samples)
-    held = min(extra, max(0, len(rows.input_ids) - min(options.calibration.num_samples, max(1, len(rows.input_ids) - extra))))
-    return rows.split(held) if options.measure and held else (rows, None)
+    """Those to calibrate on and those to measure on; data that ends early is shared between the two in the same proportion."""
+    there = len(rows.input_ids)
+    held = num_held_out(min(options.calibration.num_samples, there))
+    return rows.split(held) if options.measure and there > 1 else (rows, None)
 
 
 def num_held_out(num_samples: int) -> int:

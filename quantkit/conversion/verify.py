@@ -10,15 +10,17 @@ from pathlib import Path
 
 import torch
 
-from quantkit.checkpoint.side_files import side_files
+from quantkit.checkpoint.side_files import left_behind, side_files
 from quantkit.checkpoint.source import resolve
+from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.calibration import CalibrationOptions, load_calibration
 from quantkit.conversion.verification import Verification
-from quantkit.conversion.verify_structure import config_problems, missing_parameters, unknown_tensors, wrong_parts
+from quantkit.conversion.verify_structure import config_problems, missing_parameters
 from quantkit.conversion.verify_values import examine_layers, unlike_tensors
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageError
 from quantkit.formats.kv_scales import in_words, kv_scale_names, kv_scale_problems, kv_scheme, why_not
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.stored_layers import wrong_parts
 from quantkit.formats.streamed import streamed, transposed_layers
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.compare import Progress, StreamedModel, TokenRows, compare
@@ -108,7 +110,7 @@ def _open(folder: Path, result: Verification, options: VerifyOptions) -> tuple[O
 
 def _check_structure(opened: OpenedCheckpoint, source: OpenedCheckpoint | None, architecture: Architecture, result: Verification) -> None:
     result.add("architecture", missing_parameters(opened, architecture), f"every parameter of {type(architecture.model).__name__} is there")
-    unknown = [name for name in unknown_tensors(opened, architecture) if source is None or name not in source]
+    unknown = [name for name in architecture.unplaced(opened.dense_names) if source is None or name not in source]
     words = f"{len(unknown)} that the model has no place for: {', '.join(unknown[:3])}" if unknown else "no tensor too many"
     problems = [f"{name} is neither in the model nor in the original" for name in unknown] if source else []
     owners = {name: opened.schemes.get(name.rpartition(".")[0]) for name in unknown}
@@ -147,7 +149,7 @@ def _check_values(
             result.add(name, findings.problems[name], words)
     result.layer_errors = findings.errors
     if source is not None and (findings.errors or findings.problems["errors"]):
-        result.add("layer errors", findings.problems["errors"], _error_words(findings.errors))
+        result.add("layer errors", findings.problems["errors"], _error_words(findings.errors) if findings.errors else "")
 
 
 def _error_words(errors: dict[str, float]) -> str:
@@ -163,7 +165,10 @@ def _check_against(opened: OpenedCheckpoint, source: OpenedCheckpoint, result: V
         unlike.insert(0, "only norms differ, as after AWQ or SmoothQuant, which fold scales into them; layer errors then say nothing, and KL does")
     result.add("unquantized tensors", unlike, f"{num_equal} equal the original's bit for bit")
     files = [path for path in side_files(source.reader.folder, exclude=_OWN_FILES) if not (opened.reader.folder / path).is_file()]
-    result.add("side files", [f"{path} of the original is missing" for path in files], "all of the original's are there")
+    behind = left_behind(source.reader.folder, weights=source.reader.files, exclude=_OWN_FILES)
+    absent = [path.as_posix() for path in behind if not (opened.reader.folder / path).is_file()]
+    words = "all of the original's are there" + (f", but for other weights and pickles: {some(absent, 3)}" if absent else "")
+    result.add("side files", [f"{path} of the original is missing" for path in files], words)
 
 
 def _check_tokenizer(folder: Path, source: OpenedCheckpoint | None, result: Verification, options: VerifyOptions) -> None:

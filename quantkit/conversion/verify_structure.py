@@ -6,19 +6,15 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import torch
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.base import plan_shapes
 from quantkit.formats.fusion import fused_groups
-from quantkit.formats.kv_scales import kv_scale_names, kv_scheme
+from quantkit.formats.kv_scales import kv_scheme
 from quantkit.formats.name_patterns import NamePatterns, Targets
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.stored_layers import stored_shape
 from quantkit.models.architecture import Architecture
-
-_OPTIONAL_PARTS = {"g_idx", "weight_g_idx", "input_scale"}
 
 
 def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
@@ -37,37 +33,6 @@ def missing_parameters(opened: OpenedCheckpoint, architecture: Architecture) -> 
     return problems
 
 
-def unknown_tensors(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
-    """Tensors stored as they are that the model has no place for."""
-    places = [*architecture.model.named_parameters(), *architecture.model.named_buffers()]
-    known = {source for path, _ in places for source in architecture.stored.sources(path)}
-    known |= {name for pair in kv_scale_names(architecture).values() for name in pair if name}
-    return [name for name in opened.dense_names if name not in known]
-
-
-def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
-    """Parts of quantized layers that are absent, or not of the type and shape their scheme calls for."""
-    if opened.format is None:
-        return []
-    problems = []
-    for module, scheme in opened.schemes.items():
-        try:
-            planned = plan_shapes(opened.format, scheme, stored_shape(opened, module), opened.dtype)
-        except QuantkitError as error:
-            problems.append(str(error))
-            continue
-        for part, (dtype, shape) in planned.items():
-            name = f"{module}.{part}"
-            if name not in opened.reader:
-                problems += [] if part in _OPTIONAL_PARTS else [f"{name} is missing"]
-                continue
-            info = opened.reader.info(name)
-            right_type = info.dtype.is_floating_point if dtype.is_floating_point else info.dtype == dtype
-            if not right_type or not _same_shape(info.shape, shape):
-                problems.append(f"{name} is {info.dtype} {list(info.shape)}; {scheme.name} wants {dtype} {list(shape)}".replace("torch.", ""))
-    return problems
-
-
 def config_problems(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
     """Where the quantization_config and the tensors contradict each other."""
     config = opened.reader.quantization_config
@@ -83,10 +48,9 @@ def _compressed_tensors_problems(config: Mapping[str, Any], opened: OpenedCheckp
     targets = Targets(target for group in config["config_groups"].values() for target in group.get("targets", ()))
     ignored = Targets(config.get("ignore") or ())
     linears = _linear_names(architecture)
-    modules = {name for name, _ in architecture.model.named_modules()} | linears | {name.rpartition(".")[0] for name in opened.dense_names}
     for target in targets.idle(opened.schemes.keys() | _other_names(architecture, opened.schemes)):
         yield f"config_groups targets {target!r}, and no quantized layer has that name"
-    for entry in ignored.idle(modules):
+    for entry in ignored.idle(_module_names(opened, architecture)):
         yield f"ignore lists {entry!r}, and the model has no such layer"
     for name in sorted(linears - opened.schemes.keys()):
         if name in targets and name not in ignored:
@@ -110,13 +74,19 @@ def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architec
     dynamic = config.get("dynamic") or {}
     skipped = NamePatterns({entry: entry[2:] for entry in dynamic if entry.startswith("-:")})
     changed = NamePatterns({entry: entry.removeprefix("+:") for entry in dynamic if not entry.startswith("-:")})
-    known = linears | _other_names(architecture, linears) | fused_groups(linears).keys()
+    known = _module_names(opened, architecture) | _other_names(architecture, linears) | fused_groups(linears).keys()
     for entry in skipped.idle(known) + changed.idle(known):
         yield f"dynamic has {entry!r}, which matches no layer"
     outside = {linear.name for linear in architecture.outside}
     for name in sorted(linears - opened.schemes.keys() - outside):
         if skipped.first(name) is None:
             yield f"{name} is not quantized, and dynamic does not skip it: engines would look for its codes"
+
+
+def _module_names(opened: OpenedCheckpoint, architecture: Architecture) -> set[str]:
+    """Whatever a configuration may name: modules of the tree, linears as the checkpoint calls them, and owners of tensors stored as they are."""
+    owners = {name.rpartition(".")[0] for name in opened.dense_names}
+    return {name for name, _ in architecture.model.named_modules()} | _linear_names(architecture) | owners
 
 
 def _linear_names(architecture: Architecture) -> set[str]:
@@ -138,10 +108,3 @@ def _shape(opened: OpenedCheckpoint, name: str) -> tuple[int, ...] | None:
         return stored_shape(opened, module)
     except QuantkitError:
         return None
-
-
-def _same_shape(found: torch.Size | tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """A scale a row may be [N] or [N, 1]; packed words may be in an older, longer layout."""
-    if tuple(found) == wanted or (len(wanted) == 2 and wanted[1] == 1 and tuple(found) == wanted[:1]):
-        return True
-    return len(found) == len(wanted) == 2 and found[0] == wanted[0] and found[1] > wanted[1] and wanted[1] > 1

@@ -69,6 +69,13 @@ def range_grid(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Grid:
     return _asymmetric(low, high, spec, dtype)
 
 
+def rounding_noise(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """The squared error [N] that rounding [N, K] to nearest is expected to make: step² / 12 a value, and nothing for zeros, which are kept."""
+    rest = -weight.shape[1] % spec.group_size(weight.shape[1])
+    groups = as_groups(torch.nn.functional.pad(weight, (0, rest)), spec)
+    return (range_grid(groups, spec, torch.float32).scale.square() / 12 * (groups != 0)).sum((1, 2))
+
+
 def search_grid(groups: Tensor, spec: QuantSpec, dtype: torch.dtype, importance: Tensor | None = None, search: GridSearch | None = None) -> Grid:
     """The grid of least weighted squared error among shrunken and widened ranges, refitted by least squares.
 

@@ -11,7 +11,7 @@ import torch
 
 from quantkit.checkpoint.source import resolve
 from quantkit.core.divergence import DivergenceResult, PerplexityResult
-from quantkit.errors import SourceError, UsageError, did_you_mean
+from quantkit.errors import UsageError, did_you_mean
 from quantkit.evaluation.rows import default_text, rows_of_text, rows_of_tokens
 from quantkit.formats.streamed import open_streamed
 from quantkit.models.compare import Progress, StreamedModel, TokenRows, compare, perplexity
@@ -94,8 +94,6 @@ def evaluate(
     device = find_device(options.device)
     quantized = _open(model, "the quantized model" if baseline else "the model", options)
     base = _open(baseline, "the baseline model", options) if baseline else None
-    if base is not None:
-        _require_same_vocabulary(base, quantized)
     rows, measured_on = _rows(model, baseline, quantized, options)
     settings = {"batch_size": options.batch_size, "device": device, "dtype": DTYPES[options.dtype], "progress": progress}
     divergence = compare(base, quantized, rows, **settings) if base else None
@@ -114,8 +112,7 @@ def _open(model: str | Path, label: str, options: EvaluationOptions) -> Streamed
 def _rows(model: str | Path, baseline: str | Path | None, quantized: StreamedModel, options: EvaluationOptions) -> tuple[TokenRows, str]:
     architecture = quantized.architecture
     if options.tokens is not None:
-        vocabulary = _vocabulary(quantized)
-        rows = rows_of_tokens(options.tokens, vocabulary=vocabulary, context=architecture.context, max_tokens=options.max_tokens)
+        rows = rows_of_tokens(options.tokens, vocabulary=quantized.vocabulary, context=architecture.context, max_tokens=options.max_tokens)
         return rows, str(options.tokens)
     folders = [resolve(str(m), trust_remote_code=options.trust_remote_code).folder for m in (model, baseline) if m]
     folder = next((f for f in folders if has_tokenizer(f)), folders[0])
@@ -123,13 +120,3 @@ def _rows(model: str | Path, baseline: str | Path | None, quantized: StreamedMod
     path = options.text or default_text()
     rows = rows_of_text(path, tokenizer, context=architecture.context, seq_len=options.seq_len, max_tokens=options.max_tokens)
     return rows, str(path) if options.text else "held-out prose of the reference model (built in; give a text of your own with --text)"
-
-
-def _require_same_vocabulary(base: StreamedModel, quantized: StreamedModel) -> None:
-    sizes = _vocabulary(base), _vocabulary(quantized)
-    if sizes[0] != sizes[1]:
-        raise SourceError(f"the baseline has {sizes[0]} tokens and the model {sizes[1]}: they are not the same model, so they cannot be compared")
-
-
-def _vocabulary(model: StreamedModel) -> int:
-    return int(model.architecture.config.get_text_config().vocab_size)

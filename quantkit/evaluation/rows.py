@@ -95,6 +95,9 @@ def _read_texts(path: Path) -> list[str]:
         raise UsageError(f"{path} is not UTF-8 text: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not JSON lines with a `text` each: {error}") from error
+    odd = next((number for number, text in enumerate(texts, 1) if not isinstance(text, str)), None)
+    if odd is not None:
+        raise UsageError(f"{path} is not JSON lines with a `text` each: that of record {odd} is {texts[odd - 1]!r}, not a string")
     if not any(text.strip() for text in texts):
         raise UsageError(f"{path} is empty")
     return texts

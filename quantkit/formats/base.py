@@ -7,6 +7,7 @@ they are stated once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantSpec, Scheme
+from quantkit.errors import FormatError
 
 
 class Format(Protocol):
@@ -36,7 +38,7 @@ class Format(Protocol):
         ...
 
     def decode(self, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
-        """The inverse of `encode`; raises FormatError when parts are missing or of the wrong shape."""
+        """The inverse of `encode`; raises FormatError when parts are missing, of the wrong shape, or mean something else than the scheme."""
         ...
 
     def config(self, layers: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
@@ -52,11 +54,29 @@ class Format(Protocol):
         ...
 
 
+@cache
 def plan_shapes(fmt: Format, scheme: Scheme, shape: tuple[int, int], model_dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of every tensor that `fmt` will write for a weight [N, K], without its values."""
+    """Type and shape of every tensor that `fmt` will write for a weight [N, K], without its values. Thousands of layers have a handful of shapes."""
     assert scheme.weight is not None
     q = blank(scheme.weight, shape, fmt.scale_dtype(model_dtype))
     return {name: (t.dtype, tuple(t.shape)) for name, t in fmt.encode(q, scheme).items()}
+
+
+def assembled(
+    spec: QuantSpec, codes: Tensor, scale: Tensor, zero: Tensor | None = None, group_of_column: Tensor | None = None
+) -> QuantizedTensor:
+    """What `decode` found, put together.
+
+    Raises:
+        FormatError: there is not one scale, and zero point, for every group of every row.
+    """
+    rows, columns = codes.shape
+    wanted = [rows, spec.num_groups(columns)]
+    for name, found in (("scales", scale), ("zero points", zero)):
+        if found is not None and list(found.shape) != wanted:
+            size = spec.group_size(columns)
+            raise FormatError(f"the {name} are {list(found.shape)}; {rows} x {columns} codes in the config's groups of {size} have {wanted}")
+    return QuantizedTensor(spec, codes, scale, zero, group_of_column)
 
 
 def blank(spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> QuantizedTensor:

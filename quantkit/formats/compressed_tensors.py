@@ -16,10 +16,13 @@ from quantkit.core.packing import pack, packed_words, unpack, unpack_whole
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import CHANNEL, ActivationSpec, QuantSpec, Scheme, parse_scheme
 from quantkit.errors import FormatError
+from quantkit.formats.base import assembled
 from quantkit.formats.name_patterns import NamePatterns
 
 VERSION = "0.20.0"
 _PACKED, _INT = "pack-quantized", "int-quantized"
+_IN_THE_WEIGHTS = {"weight_input", "weight_output"}
+"""Places of a transform_config that leave nothing to do at run time."""
 
 
 class CompressedTensors:
@@ -64,7 +67,7 @@ class CompressedTensors:
         scale = _part(parts, "weight_scale")
         if _layout(scheme) == _INT:
             codes = (_part(parts, "weight").to(torch.int16) + spec.mid_code).to(torch.uint8)
-            return QuantizedTensor(spec, codes, _as_rows(scale, codes.shape[0]))
+            return assembled(spec, codes, _as_rows(scale, codes.shape[0]))
         rows, columns = (int(n) for n in _part(parts, "weight_shape"))
         words = _part(parts, "weight_packed")
         dense = words.shape[1] == packed_words(columns, spec.bits)
@@ -76,7 +79,7 @@ class CompressedTensors:
         if not spec.symmetric:
             zero = read(_part(parts, "weight_zero_point").T.contiguous(), spec.bits, rows).T.contiguous().to(torch.int16)
         group_of_column = parts.get("weight_g_idx")
-        return QuantizedTensor(spec, read(words, spec.bits, columns), _as_rows(scale, rows), zero, group_of_column)
+        return assembled(spec, read(words, spec.bits, columns), _as_rows(scale, rows), zero, group_of_column)
 
     def config(self, layers: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
         by_scheme: dict[Scheme, list[str]] = {}
@@ -99,6 +102,7 @@ class CompressedTensors:
         }
 
     def read_config(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+        _require_no_more(config)
         group_of = _Groups(list((config.get("config_groups") or {}).values()))
         schemes: dict[str, Scheme] = {}
         for name in names:
@@ -150,6 +154,8 @@ def _scheme_of(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
     if strategy not in ("group", "channel"):
         raise FormatError(f"compressed-tensors strategy {strategy!r} is not read yet; quantkit reads group and channel")
+    if group.get("output_activations") is not None:
+        raise FormatError("compressed-tensors with output_activations is not read yet; quantkit reads layers whose outputs are not quantized")
     activations = group.get("input_activations")
     if layout == _INT:
         _require_w8a8(weights, activations, strategy)
@@ -159,6 +165,17 @@ def _scheme_of(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
         raise FormatError(f"compressed-tensors {_PACKED} weights with {kind} activations are not read yet; quantkit reads them without")
     suffix = "-channel" if strategy == "channel" else f"-g{weights['group_size']}"
     return parse_scheme(f"w{weights['num_bits']}a16{'' if weights.get('symmetric', True) else '-asym'}{suffix}")
+
+
+def _require_no_more(config: Mapping[str, Any]) -> None:
+    """Raises FormatError for what changes layers beside their schemes. Transforms of weights are in the stored weights already."""
+    groups = (config.get("transform_config") or {}).get("config_groups") or {}
+    online = {str(part.get("location")) for group in groups.values() for part in group.get("apply", ())} - _IN_THE_WEIGHTS
+    if online:
+        raise FormatError(f"compressed-tensors with transforms at run time ({', '.join(sorted(online))}) is not read yet; convert the original model")
+    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise FormatError(f"compressed-tensors with the sparsity_config {sparsity!r} is not read yet; quantkit reads dense")
 
 
 def _require_w8a8(weights: Mapping[str, Any], activations: Mapping[str, Any] | None, strategy: str) -> None:

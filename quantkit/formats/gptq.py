@@ -20,6 +20,7 @@ from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import CHANNEL, UNQUANTIZED, QuantSpec, Scheme, parse_scheme
 from quantkit.errors import FormatError
+from quantkit.formats.base import assembled
 from quantkit.formats.fusion import fused_groups
 from quantkit.formats.name_patterns import NamePatterns
 
@@ -79,11 +80,17 @@ class GPTQ:
         shape, needed = list(parts["qweight"].shape), [packed_words(columns, spec.bits), rows]
         if shape != needed:
             raise FormatError(f"qweight is {shape}; {rows} x {columns} codes of {spec.bits} bits need {needed}")
-        zero = None
-        if not spec.symmetric:
-            zero = (unpack(parts["qzeros"], spec.bits, rows).T.to(torch.int16) + self.zero_offset).contiguous()
+        zero = (unpack(parts["qzeros"], spec.bits, rows).T.to(torch.int16) + self.zero_offset).contiguous()
+        if spec.symmetric:
+            self._require_middle(zero, spec)
         codes = unpack(parts["qweight"].T.contiguous(), spec.bits, columns)
-        return QuantizedTensor(spec, codes, scale, zero, _shuffled(parts.get("g_idx"), spec, columns))
+        return assembled(spec, codes, scale, None if spec.symmetric else zero, _shuffled(parts.get("g_idx"), spec, columns))
+
+    def _require_middle(self, zero: Tensor, spec: QuantSpec) -> None:
+        """Raises FormatError where a layer that is said to be symmetric is not: some engines then go by the label, others by the zero points."""
+        if bool((zero != spec.mid_code).any()):
+            stored, wanted = int(zero[zero != spec.mid_code][0]) - self.zero_offset, spec.mid_code - self.zero_offset
+            raise FormatError(f"sym is true, so {self.name} stores the zero point {wanted}, and here is {stored}; checkpoint_format or sym is wrong")
 
     def config(self, layers: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
         main = Counter(layers.values()).most_common(1)[0][0]

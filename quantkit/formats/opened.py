@@ -12,7 +12,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.source import Source
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import Scheme
-from quantkit.errors import QuantkitError
+from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import Format
 from quantkit.formats.registry import format_of
 
@@ -72,7 +72,10 @@ class OpenedCheckpoint:
     def quantized(self, module: str) -> QuantizedTensor:
         assert self.format is not None
         stored = {name.rpartition(".")[2]: self.reader.get(name) for name in self.parts(module)}
-        return self.format.decode(stored, self.schemes[module])
+        try:
+            return self.format.decode(stored, self.schemes[module])
+        except FormatError as error:
+            raise FormatError(f"{module} cannot be decoded: {error}") from error
 
     @property
     def dtype(self) -> torch.dtype:

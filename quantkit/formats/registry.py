@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantkit.core.scheme import Scheme
-from quantkit.errors import FormatError, did_you_mean
+from quantkit.errors import FormatError, UsageError, did_you_mean
 from quantkit.formats.base import Format
 from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.formats.gptq import GPTQ, labelled
@@ -18,10 +18,10 @@ def get_format(name: str, schemes: Iterable[Scheme] = ()) -> Format:
     """The container of this name for layers of these schemes: `gptq` with an asymmetric layer is its second version.
 
     Raises:
-        FormatError: there is no such container; near names are given.
+        UsageError: there is no such container; near names are given.
     """
     if name not in FORMATS:
-        raise FormatError(f"unknown format {name!r}; {did_you_mean(name, FORMATS)}")
+        raise UsageError(f"unknown format {name!r}; {did_you_mean(name, FORMATS)}")
     if name == "gptq" and any(s.weight is not None and not s.weight.symmetric for s in schemes):
         return FORMATS["gptq-v2"]
     return FORMATS[name]

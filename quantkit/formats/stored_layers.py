@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.safetensors_header import TensorInfo
 from quantkit.core.packing import packed_words
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.formats.base import plan_shapes
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture, Linear
 
+_OPTIONAL_PARTS = {"g_idx", "weight_g_idx", "input_scale"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,6 +37,29 @@ def stored_shape(opened: OpenedCheckpoint, module: str) -> tuple[int, int]:
         return main.shape[0], main.shape[1]
     columns = infos["g_idx"].shape[0] if "g_idx" in infos else main.shape[0] * 32 // scheme.weight.bits
     return main.shape[1], columns
+
+
+def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
+    """Parts of quantized layers that are absent, or not of the type and shape their scheme calls for."""
+    if opened.format is None:
+        return []
+    problems = []
+    for module, scheme in opened.schemes.items():
+        try:
+            planned = plan_shapes(opened.format, scheme, stored_shape(opened, module), opened.dtype)
+        except QuantkitError as error:
+            problems.append(str(error))
+            continue
+        for part, (dtype, shape) in planned.items():
+            name = f"{module}.{part}"
+            if name not in opened.reader:
+                problems += [] if part in _OPTIONAL_PARTS else [f"{name} is missing"]
+                continue
+            info = opened.reader.info(name)
+            right_type = info.dtype.is_floating_point if dtype.is_floating_point else info.dtype == dtype
+            if not right_type or not _same_shape(info, shape):
+                problems.append(f"{name} is {info.dtype} {list(info.shape)}; {scheme.name} wants {dtype} {list(shape)}".replace("torch.", ""))
+    return problems
 
 
 def scale_dtype(opened: OpenedCheckpoint) -> torch.dtype | None:
@@ -83,6 +109,14 @@ def main_dtype(reader: CheckpointReader, names: Sequence[str]) -> torch.dtype:
         if info.dtype in _FLOATS:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+def _same_shape(info: TensorInfo, wanted: tuple[int, ...]) -> bool:
+    """A scale a row may be [N] or [N, 1]; packed words may be in an older, longer layout."""
+    found = tuple(info.shape)
+    if found == wanted or (len(wanted) == 2 and wanted[1] == 1 and found == wanted[:1]):
+        return True
+    return info.dtype == torch.int32 and len(found) == len(wanted) == 2 and all(f >= w for f, w in zip(found, wanted, strict=True))
 
 
 class AnyPart:

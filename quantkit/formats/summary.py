@@ -23,7 +23,16 @@ from quantkit.formats.engines import CONTAINERS, Verdict, verdicts
 from quantkit.formats.gguf_files import gguf_files, read_gguf_head
 from quantkit.formats.kv_scales import in_words, is_kv_scale, kv_scheme
 from quantkit.formats.opened import OpenedCheckpoint
-from quantkit.formats.stored_layers import AnyPart, main_dtype, packs_whole_words, plain_linears, quantized_linears, scale_dtype, stored_shape
+from quantkit.formats.stored_layers import (
+    AnyPart,
+    main_dtype,
+    packs_whole_words,
+    plain_linears,
+    quantized_linears,
+    scale_dtype,
+    stored_shape,
+    wrong_parts,
+)  # fmt: skip
 from quantkit.models.architecture import Architecture, describe, load_config
 
 
@@ -127,6 +136,7 @@ def _of_opened(opened: OpenedCheckpoint) -> Summary:
     sizes = {name: sum(reader.info(part).nbytes for part in opened.parts(name)) for name in opened.schemes}
     layers = tuple(LayerSummary(name, shapes[name], scheme.name, sizes[name]) for name, scheme in opened.schemes.items())
     config = reader.quantization_config or {}
+    contradictions = wrong_parts(opened)
     stored = Stored(
         container=str(config.get("quant_method")) if opened.format else None,
         config=config,
@@ -135,9 +145,11 @@ def _of_opened(opened: OpenedCheckpoint) -> Summary:
         model_dtype=main_dtype(reader, dense),
         scale_dtype=scale_dtype(opened),
         packs_whole_words=packs_whole_words(opened, shapes),
+        unread=contradictions[0] if contradictions else None,
     )
     parameters = sum(layer.num_weights for layer in layers) + sum(prod(reader.info(name).shape) for name in dense if not is_kv_scale(name))
-    return _summary(reader, stored, layers, dense, parameters)
+    notes = tuple(f"config and tensors contradict each other: {problem}" for problem in contradictions[:1])
+    return _summary(reader, stored, layers, dense, parameters, notes)
 
 
 def _of_undecoded(reader: CheckpointReader, reason: str) -> Summary:

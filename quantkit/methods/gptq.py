@@ -56,8 +56,11 @@ class GPTQ:
             raise RecipeError(f"block is {self.block!r}; give a number of columns, such as 128")
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
-        """Raises CalibrationError when no damping makes the Hessian positive definite."""
+        """Raises CalibrationError when the Hessian is not finite, or no damping makes it positive definite."""
         assert statistics is not None
+        if not bool(torch.isfinite(statistics.hessian).all()):
+            cause = "most likely a weight before it is far out of range and the model damaged"
+            raise CalibrationError(f"the squares of its inputs overflow on calibration data; {cause}")
         diagonal = _without_dead(statistics.hessian.diagonal())
         order = visiting_order(diagonal, spec, self.order)
         hessian = statistics.hessian[order[:, None], order]
@@ -146,7 +149,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
         if factor is not None:
             return factor, damp
         if damp >= 1:
-            reason = "the Hessian of a layer's inputs has no Cholesky factor even at full damping"
+            reason = "the Hessian of its inputs has no Cholesky factor even at full damping"
             raise CalibrationError(f"{reason}; calibrate on other text or in float32")
         damp = min(damp * 10, 1.0)
 

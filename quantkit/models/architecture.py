@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SourceError
 from quantkit.models.experts import can_separate, is_fused, separate
-from quantkit.models.names import StoredNames
+from quantkit.models.names import StoredNames, kv_scale_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,13 @@ class Architecture:
     def context(self) -> int:
         """The longest sequence the model was made for."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+    def unplaced(self, names: Iterable[str]) -> list[str]:
+        """Those of these dense names that the model has no place for: layers beyond its depth, or that only engines build."""
+        places = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        paths = [*(path for path, _ in places), *kv_scale_paths(self.model)]
+        known = {source for path in paths for source in self.stored.sources(path)}
+        return [name for name in names if name not in known]
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.core.divergence import Divergence, DivergenceResult, Perplexity, PerplexityResult
 from quantkit.core.scheme import Scheme
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, SourceError
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Architecture
 from quantkit.models.streaming import BlockRunner, Place, Weights, decoder_linears
@@ -80,6 +80,10 @@ class StreamedModel:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     label: str = "the model"
 
+    @property
+    def vocabulary(self) -> int:
+        return int(self.architecture.config.get_text_config().vocab_size)
+
 
 def compare(
     baseline: StreamedModel,
@@ -98,10 +102,13 @@ def compare(
         dtype: the type in which blocks are computed; distributions are float32 whatever it is.
 
     Raises:
-        SourceError: a tensor is absent or of the wrong shape, or the model cannot be run block by block.
+        SourceError: a tensor is absent or of the wrong shape, a model cannot be run block by block, or the two have unlike vocabularies.
         CheckpointError: a model gives NaN or infinite values; the message says which, and from where on.
         UsageError: no token counts.
     """
+    sizes = baseline.vocabulary, quantized.vocabulary
+    if sizes[0] != sizes[1]:
+        raise SourceError(f"the baseline has {sizes[0]} tokens and the model {sizes[1]}: they are not the same model, so they cannot be compared")
     divergence = Divergence()
     for (base, quant), at in _logits([baseline, quantized], rows, batch_size, device, dtype, progress):
         divergence.add(base, quant, rows.targets[at].to(base.device), rows.counted[at].to(base.device))
@@ -140,7 +147,7 @@ def _logits(
     hidden = [_last_hidden(model, runner, rows, batch_size, progress) for model, runner in zip(models, runners, strict=True)]
     for model, runner in zip(models, runners, strict=True):
         runner.load_outside(model.weights)
-    vocabulary = int(models[0].architecture.config.get_text_config().vocab_size)
+    vocabulary = models[0].vocabulary
     for at in logit_places(rows.input_ids.shape, vocabulary):
         logits = []
         for model, runner, states in zip(models, runners, hidden, strict=True):

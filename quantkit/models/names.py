@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
@@ -20,6 +20,11 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 KV_SCALES = ("k_scale", "v_scale")
 """Of keys and of values, beside an attention's projections; no parameters of transformers' modules."""
 _OLD_KV_SCALE = re.compile(r"\.([kv])_proj\.(?:output_scale|\1_scale)$")
+
+
+def kv_scale_paths(model: nn.Module) -> list[str]:
+    """Where a model's scales would stand in its tree."""
+    return [f"{path}.{leaf}" for path, module in model.named_modules() if hasattr(module, "layer_idx") for leaf in KV_SCALES]
 
 
 def kv_scale_name(name: str) -> str:
@@ -56,7 +61,7 @@ class StoredNames:
         self._stored: dict[str, str] = {}
         self._made: dict[str, Conversion] = {}
         paths = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {name for name, _ in model.named_buffers()}
-        paths |= {f"{path}.{leaf}" for path, module in model.named_modules() if hasattr(module, "layer_idx") for leaf in KV_SCALES}
+        paths |= set(kv_scale_paths(model))
         transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]

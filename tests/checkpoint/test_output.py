@@ -15,7 +15,7 @@ import pytest
 
 from quantkit.checkpoint import output
 from quantkit.checkpoint.output import check, finish, partial_folder, prepare, release
-from quantkit.checkpoint.side_files import copy_side_files, side_files
+from quantkit.checkpoint.side_files import copy_side_files, left_behind, side_files
 from quantkit.errors import OutputError, SourceError
 
 _ROOT = Path(__file__).parents[2]
@@ -31,6 +31,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 def _model(folder: Path, config: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config)
+    (folder / "model.safetensors").touch()
     return folder
 
 
@@ -44,7 +45,7 @@ def test_output_appears_only_when_it_is_finished(out: Path) -> None:
     _model(partial, "new")
     (partial / "ledger.json").write_text("{}")
     finish(partial, out)
-    assert _tree(out) == ["config.json"] and not partial.exists()
+    assert _tree(out) == ["config.json", "model.safetensors"] and not partial.exists()
 
 
 def test_missing_parents_are_made(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_checking_creates_nothing(out: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     _model(out, "old")
     check(out, overwrite=True)
-    assert _tree(tmp_path) == ["out/config.json"]
+    assert _tree(tmp_path) == ["out/config.json", "out/model.safetensors"]
 
 
 def test_overwritten_output_stays_until_the_new_one_is_whole(out: Path, tmp_path: Path) -> None:
@@ -155,13 +156,13 @@ def test_leftovers_of_a_finished_output_are_tidied_by_the_next_run(
         patch.setattr({"sync_folder": output, "rmtree": output.shutil, "unlink": Path}[stop_at], stop_at, stop)
         finish(partial, out, overwrite=True)
     release(partial)
-    assert _tree(out) == [".quantkit-lock", "config.json", "ledger.json"]
+    assert _tree(out) == [".quantkit-lock", "config.json", "ledger.json", "model.safetensors"]
 
     with nullcontext() if again else pytest.raises(OutputError, match="--overwrite"):
         prepare(out, **again)
     release(partial)
 
-    assert _tree(tmp_path) == ["out/config.json"] and (out / "config.json").read_text() == "new"
+    assert _tree(tmp_path) == ["out/config.json", "out/model.safetensors"] and (out / "config.json").read_text() == "new"
 
 
 def test_a_run_in_the_middle_of_finishing_is_not_tidied(out: Path) -> None:
@@ -171,7 +172,7 @@ def test_a_run_in_the_middle_of_finishing_is_not_tidied(out: Path) -> None:
     with pytest.raises(OutputError, match="exists"):
         prepare(out)
 
-    assert _tree(out) == [".quantkit-lock", "config.json"]
+    assert _tree(out) == [".quantkit-lock", "config.json", "model.safetensors"]
 
 
 def test_overwrite_never_deletes_what_is_not_a_model(out: Path) -> None:
@@ -180,6 +181,26 @@ def test_overwrite_never_deletes_what_is_not_a_model(out: Path) -> None:
     with pytest.raises(OutputError, match=r"not a model \(it holds thesis\.tex\)"):
         prepare(out, overwrite=True)
     assert (out / "thesis.tex").exists()
+
+
+def test_a_config_alone_makes_no_model_that_may_be_overwritten(out: Path) -> None:
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"not a model \(it holds config\.json\)"):
+        prepare(out, overwrite=True)
+
+
+@pytest.mark.parametrize(("names", "words"), [(["photos"], "the folder photos"), ([".git", "photos"], r"the folders \.git, photos")])
+def test_overwrite_spares_folders_that_are_no_part_of_a_model(names: list[str], words: str, out: Path) -> None:
+    _model(out, "old")
+    for name in (*names, "additional_chat_templates", ".cache"):
+        (out / name).mkdir()
+    for refuse in (check, prepare):
+        with pytest.raises(OutputError, match=rf"holds {words}, which --overwrite does not delete; move (it|them) away first"):
+            refuse(out, overwrite=True)
+    for name in names:
+        (out / name).rmdir()
+    check(out, overwrite=True)
 
 
 def test_output_that_came_to_exist_meanwhile_is_not_replaced(out: Path) -> None:
@@ -280,13 +301,30 @@ def _fill(folder: Path, *names: str) -> None:
 def test_side_files_are_everything_but_weights_and_config(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     kept = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "generation_config.json", "LICENSE", "README.md", "modeling_x.py"]
-    kept += ["additional_chat_templates/tool.jinja", "1_Pooling/config.json"]
+    kept += ["additional_chat_templates/tool.jinja", "1_Pooling/config.json", "spm.bin"]
     left = ["config.json", "quantize_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
     left += ["pytorch_model.bin.index.json", "a.pt", "b.pth", "c.ckpt", "d.gguf", "onnx/e.onnx", "flax_model.msgpack", "tf_model.h5"]
     left += [".gitattributes", ".git/HEAD", ".cache/huggingface/x.json", "__pycache__/x.pyc", "old.partial/tokenizer.json"]
     _fill(source, *kept, *left)
     assert sorted(map(str, copy_side_files(source, target))) == _tree(target) == sorted(kept)
     assert all((target / name).read_text() == name for name in kept)
+
+
+@pytest.mark.parametrize("first", [b"PK\x03\x04", b"\x80\x02"], ids=["zip", "pickle"])
+def test_a_file_that_begins_as_torch_s_do_is_no_side_file(first: bytes, tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").write_bytes(first + b"...")
+
+    assert side_files(tmp_path) == []
+
+
+def test_what_does_not_come_along_is_named(tmp_path: Path) -> None:
+    own = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json", ".cache/x.bin"]
+    behind = ["README.md", "extra.safetensors", "pytorch_model.bin", "sub/adapter_model.safetensors"]
+    _fill(tmp_path, *own, *behind)
+
+    found = left_behind(tmp_path, weights=[tmp_path / own[1]], exclude=["README.md", "recipe.yaml"])
+
+    assert [path.as_posix() for path in found] == behind
 
 
 def test_excluded_side_files_stay_behind(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert resolve("org/name") == Source(Path("org/name"), "name")
-    assert resolve(str(tmp_path / "org")) == Source(tmp_path / "org", "org")
+    assert resolve("org/name") == Source(Path("org/name"), "name", "org/name")
+    assert resolve(str(tmp_path / "org")) == Source(tmp_path / "org", "org", str(tmp_path / "org"))
 
 
 def test_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

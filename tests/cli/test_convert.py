@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from quantkit.cli import progress
 from quantkit.cli.main import main
 from quantkit.conversion.report import LayerResult
+from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.formats.opened import OpenedCheckpoint
-from tests.conversion.conftest import save_tiny
+from tests.conversion.conftest import edit_tensors, save_tiny
 
 Captured = pytest.CaptureFixture[str]
 DATA_FREE = ("-r", "w4a16-rtn")
@@ -58,11 +59,57 @@ def test_results_on_stdout_and_progress_on_stderr(tiny: Path, tmp_path: Path, ca
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out.partial").exists()
 
 
+def test_a_perplexity_beyond_all_numbers_is_a_result_too(tiny: Path, tmp_path: Path, calibration: tuple[str, ...], capsys: Captured) -> None:
+    edit_tensors(tiny, lambda t: t["lm_head.weight"][5:].mul_(1e30))
+
+    convert(tiny, "-o", tmp_path / "out", *calibration)
+
+    words = "not finite -> not finite"
+    assert words in capsys.readouterr().out and words in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_without_calibration_it_says_how_to_measure(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
     convert(tiny, "-o", tmp_path / "out", *DATA_FREE)
 
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "not measured; quantkit eval" in words and "--baseline" in words
+    assert f"not measured; quantkit eval {tmp_path / 'out'} --baseline {tiny}" in words
+    assert json.loads((tmp_path / "out" / "quantkit_report.json").read_text())["source"] == str(tiny)
+
+
+def test_engines_that_do_not_load_the_output_are_told_with_the_reason(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "symmetric", *DATA_FREE)
+    symmetric = capsys.readouterr().out
+    convert(tiny, "-o", tmp_path / "asymmetric", *DATA_FREE, "--override", ".*=w4a16-asym-g32")
+    asymmetric = capsys.readouterr().out
+
+    assert "loads in vLLM, SGLang, transformers" in symmetric and "not in transformers" not in symmetric
+    assert "not in transformers: fails on packed asymmetric weights by default" in asymmetric and "dequantize=True" in asymmetric
+
+
+def test_files_that_do_not_come_along_are_named(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    save_file({"x": torch.ones(1)}, tiny / "extra.safetensors")
+    (tiny / "recipe.yaml").write_text("theirs")
+    (tiny / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tiny / "spm.bin").write_bytes(b"\n\x0e\n\x05")
+
+    convert(tiny, "-o", tmp_path / "out", *DATA_FREE)
+
+    left = ["README.md", "extra.safetensors", "recipe.yaml"]
+    assert f"by the output's own): {', '.join(left)}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "quantkit_report.json").read_text())["left_behind"] == left
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text() and (tmp_path / "out" / "spm.bin").is_file()
+    checks = {check.name: check for check in verify(tmp_path / "out", against=str(tiny), options=VerifyOptions(num_tokens=0)).checks}
+    assert checks["side files"].ok and checks["side files"].detail.endswith("other weights and pickles: extra.safetensors")
+
+
+def test_a_suggested_command_can_be_typed_as_it_stands(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "my models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+
+    convert("my models/tiny", "-o", "my models/out", *DATA_FREE)
+
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "quantkit eval 'my models/out' --baseline 'my models/tiny'" in words
 
 
 @pytest.mark.parametrize("is_calibrated", [True, False])
@@ -185,6 +232,12 @@ WRONG_USAGE = {
     "layout": (["--calib-layout", "stack"], "'stack' is not one of 'pack', 'pad'"),
     "dtype": (["--dtype", "float17"], "unknown dtype 'float17'; did you mean 'float16'"),
     "device": (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
+    "recipe": (["-r", "w4a16-gtpq"], "unknown recipe 'w4a16-gtpq'; did you mean 'w4a16-gptq'"),
+    "format": (["-f", "gtpq"], "unknown format 'gtpq'; did you mean 'gptq'?"),
+    "override": (["--override", "down_proj"], "override 'down_proj' is not of the form 'REGEX=scheme'"),
+    "scheme": (["--override", "down_proj=w4a17"], "unknown scheme 'w4a17'; did you mean 'w4a16'"),
+    "no group": (["--group-size", "0"], "group size 0 is not supported; use 8 or more, or -1"),
+    "pattern": (["--ignore", "("], "pattern '(' is not a regular expression"),
     "half a pair": (["--prompt-column", "q"], "prompt_column and response_column come together"),
 }
 
@@ -203,10 +256,6 @@ def test_wrong_usage_ends_with_2(case: str, tiny: Path, tmp_path: Path, capsys: 
 
 REFUSED = {
     "source": (["nowhere/at/all"], "there is no folder 'nowhere/at/all'"),
-    "recipe": (["TINY", "-r", "w4a16-gtpq"], "unknown recipe 'w4a16-gtpq'; did you mean 'w4a16-gptq'"),
-    "format": (["TINY", "-f", "gtpq"], "unknown format 'gtpq'; did you mean 'gptq'?"),
-    "override": (["TINY", "--override", "down_proj"], "override 'down_proj' is not of the form 'REGEX=scheme'"),
-    "scheme": (["TINY", "--override", "down_proj=w4a17"], "unknown scheme 'w4a17'; did you mean 'w4a16'"),
     "pattern": (["TINY", "--ignore", "downproj"], "pattern 'downproj' matches no layer; layers end in down_proj"),
     "group": (["TINY", "--group-size", "48"], "group size 48 does not divide the 64 input features"),
     "tokenizer": (["TINY"], "has no tokenizer"),

@@ -32,8 +32,17 @@ def test_a_shown_recipe_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert Recipe.load(str(tmp_path / "mine.yaml")) == Recipe.load("w4a16-gptq")
 
 
+def test_a_file_is_shown_as_it_stands_though_it_bears_a_shipped_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "# mine\nname: w4a16-gptq\nrules: [{pattern: down_proj, scheme: w8a16}]\n"
+    (tmp_path / "mine.yaml").write_text(text)
+
+    code, out, _ = run(capsys, "show", str(tmp_path / "mine.yaml"))
+
+    assert (code, out) == (0, text)
+
+
 def test_an_unknown_recipe_is_answered_with_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "show", "w4a16-gtpq")
 
-    assert code == 1
+    assert code == 2
     assert "did you mean 'w4a16-gptq'" in err

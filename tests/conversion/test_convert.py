@@ -409,6 +409,37 @@ def test_python_takes_the_same_options(stories: Path, tokens: Path, tmp_path: Pa
         quantkit.convert(str(stories), str(tmp_path / "other"), recpie="w4a16-gptq")
 
 
+def test_python_takes_paths_sizes_and_types_as_python_has_them(stories: Path, tokens: Path, tmp_path: Path) -> None:
+    settings = {"calib": tokens, "max_shard_size": "100KB", "dtype": torch.float16, "num_samples": 4, "measure": False}
+
+    report = quantkit.convert(stories, tmp_path / "out", **settings)
+
+    reader = OpenedCheckpoint(tmp_path / "out").reader
+    assert report.calibration.startswith("calibration: 4 rows x 64 tokens") and len(reader.files) > 1
+    assert reader.info("model.norm.weight").dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"calib": ["a.txt"]}, r"calib is \['a.txt'\]; give a path or the name of a data set"),
+        ({"max_shard_size": "5XB"}, "'5XB' is no size; write 5GB"),
+        ({"max_shard_size": 5.0}, "max_shard_size is 5.0, a float; give a whole number"),
+        ({"num_samples": "8"}, "num_samples is '8', a str; give a whole number"),
+        ({"group_size": "32"}, "group_size is '32', a str; give a whole number or None"),
+        ({"ignore": None}, "ignore is None, a NoneType; give a list of strings"),
+        ({"device": None}, "device is None, a NoneType; give a string"),
+        ({"dtype": None}, "dtype is None, a NoneType; give a string"),
+        ({"source": None}, "source is None; give a path or a name"),
+        ({"out": 3}, "out is 3; give a path or a name"),
+    ],
+    ids=str,
+)
+def test_python_refuses_other_values_in_words(values: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        quantkit.convert(**{"source": "reference", "out": tmp_path / "out"} | values)
+
+
 @pytest.mark.parametrize(("num_samples", "measure", "calibrated", "held_out"), [(4, True, 4, 1), (4, False, 4, 0), (6, True, 5, 1), (2, False, 2, 0)])
 def test_a_token_file_gives_the_rows_that_were_asked_for(
     num_samples: int, measure: bool, calibrated: int, held_out: int, stories: Path, tmp_path: Path, options: Options

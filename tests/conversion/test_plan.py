@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.plan import Plan
 from quantkit.conversion.prepare import plan_conversion
+from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.errors import RecipeError, UsageError
-from tests.conversion.conftest import save_tiny
+from tests.conversion.conftest import edit_config, edit_tensors, save_tiny
+from tests.conversion.test_verify import failed
 from tests.models.test_families import FAMILIES as MORE
 from tests.models.test_families import save_random as save_family
 from tests.models.test_streaming import FAMILIES, save_random
@@ -132,6 +135,29 @@ def test_experts_are_planned_one_by_one_and_routers_are_left_alone(family: str, 
     gates = {name.removesuffix(".weight") for name in CheckpointReader(tmp_path).names if name.endswith(".gate.weight")}
     assert len(gates) == 3 and gates <= set(plan.ignored)
     assert not any(name.endswith(".gate") for name in plan.layers)
+
+
+def test_a_tied_head_that_is_stored_all_the_same_has_its_place(tiny: Path) -> None:
+    edit_config(tiny, tie_word_embeddings=True)
+
+    assert planned(tiny).left_alone == {"lm_head": "outside the decoder blocks"}
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+def test_layers_that_transformers_does_not_build_are_left_alone_by_name(format_name: str, tiny: Path, tmp_path: Path) -> None:
+    surplus = ("model.layers.2.mlp.up_proj", "model.layers.2.mlp.experts.gate_up_proj")
+    edit_tensors(tiny, lambda t: t.update({f"{surplus[0]}.weight": torch.ones(32, 64), surplus[1]: torch.ones(2, 3, 4)}))
+    edit_tensors(tiny, lambda t: t.update({"model.layers.2.norm.weight": torch.ones(64)}))
+
+    report = convert(str(tiny), tmp_path / "out", ConvertOptions(recipe="w4a16-rtn", format=format_name, ignore=(r"layers\.2\.",)))
+
+    assert report.left_alone == {"lm_head": "outside the decoder blocks"} | dict.fromkeys(surplus, "transformers builds no module for it")
+    config = CheckpointReader(tmp_path / "out").quantization_config
+    skipped = [re.sub(r"\\", "", entry[3:-1]) for entry in config.get("dynamic", ()) if entry.startswith("-:")]
+    assert (config["ignore"] == ["lm_head", surplus[0]]) if format_name == "compressed-tensors" else (skipped == [surplus[0]])
+    assert failed(verify(tmp_path / "out", against=str(tiny), options=VerifyOptions(num_tokens=0))) == {}
+    with pytest.raises(RecipeError, match=r"layers.*2' matches only model.layers.2.mlp.*which stays as it is: transformers builds no"):
+        planned(tiny, overrides=(r"layers\.2=w8a16",))
 
 
 def test_compressed_tensors_leaves_a_conv1d_alone_and_gptq_takes_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.conversion.recipe import Recipe, list_recipes
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, UsageError
 
 RULES = """
 name: mine
@@ -73,7 +73,7 @@ def test_a_group_size_applies_to_every_quantized_rule_and_is_strict() -> None:
 
 def test_a_group_size_is_refused_where_activations_are_quantized() -> None:
     assert Recipe.load("w8a8-gptq").changed(group_size=-1).rules == Recipe.load("w8a8-gptq").rules
-    with pytest.raises(RecipeError, match="group size 32 is not for w8a8-int8, whose weights have one scale a channel"):
+    with pytest.raises(UsageError, match="group size 32 is not for w8a8-int8, whose weights have one scale a channel"):
         Recipe.load("w8a8-gptq").changed(group_size=32)
 
 
@@ -145,7 +145,7 @@ def test_an_invalid_recipe_names_itself_the_key_and_what_would_work(case: str) -
 
 @pytest.mark.parametrize("name", ["w4a16-gtpq", "w4a16", "mine.txt", "", "../w4a16-gptq"])
 def test_an_unknown_recipe_is_answered_with_those_there_are(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"unknown recipe .*w4a16-"):
+    with pytest.raises(UsageError, match=r"unknown recipe .*w4a16-"):
         Recipe.load(name)
 
 
@@ -154,5 +154,5 @@ def test_a_recipe_file_that_is_no_text(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match=r"mine.yaml cannot be read.*UTF-8"):
         Recipe.load(str(tmp_path / "mine.yaml"))
-    with pytest.raises(RecipeError, match=r"no recipe file .*none.yaml; give a YAML file, or one of w2a16-gptq"):
+    with pytest.raises(UsageError, match=r"no recipe file .*none.yaml; give a YAML file, or one of w2a16-gptq"):
         Recipe.load(str(tmp_path / "none.yaml"))

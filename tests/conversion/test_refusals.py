@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from quantkit.checkpoint.output import prepare, release
+from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.errors import CalibrationError, CheckpointError, FormatError, OutputError, QuantkitError, RecipeError, SourceError, UsageError
@@ -178,21 +179,21 @@ def test_a_quantized_source_of_an_unread_kind(tiny: Path, refused: Refused) -> N
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"recipe": "w4a16-gtpq"}, RecipeError, "unknown recipe 'w4a16-gtpq'; did you mean 'w4a16-gptq'"),
-        ({"recipe": "mine.yaml"}, RecipeError, "no recipe file mine.yaml"),
-        ({"overrides": ("down_proj",)}, RecipeError, "'down_proj' is not of the form 'REGEX=scheme'; an example is 'down_proj=w8a16'"),
-        ({"overrides": ("=w8a16",)}, RecipeError, "not of the form 'REGEX=scheme'"),
-        ({"overrides": ("down_proj=w4a17",)}, RecipeError, "unknown scheme 'w4a17'; did you mean 'w4a16'"),
-        ({"overrides": ("down_proj=w7a16",)}, RecipeError, "7 bits are not supported; use one of 2, 3, 4, 5, 6, 8"),
-        ({"overrides": ("(=w8a16",)}, RecipeError, r"pattern '\(' is not a regular expression"),
+        ({"recipe": "w4a16-gtpq"}, UsageError, "unknown recipe 'w4a16-gtpq'; did you mean 'w4a16-gptq'"),
+        ({"recipe": "mine.yaml"}, UsageError, "no recipe file mine.yaml"),
+        ({"overrides": ("down_proj",)}, UsageError, "'down_proj' is not of the form 'REGEX=scheme'; an example is 'down_proj=w8a16'"),
+        ({"overrides": ("=w8a16",)}, UsageError, "not of the form 'REGEX=scheme'"),
+        ({"overrides": ("down_proj=w4a17",)}, UsageError, "unknown scheme 'w4a17'; did you mean 'w4a16'"),
+        ({"overrides": ("down_proj=w7a16",)}, UsageError, "7 bits are not supported; use one of 2, 3, 4, 5, 6, 8"),
+        ({"overrides": ("(=w8a16",)}, UsageError, r"pattern '\(' is not a regular expression"),
         ({"overrides": ("downproj=w8a16",)}, RecipeError, "'downproj' matches no layer; layers end in down_proj, gate_proj, k_proj"),
         ({"overrides": ("lm_head=w8a16",)}, RecipeError, "'lm_head' matches only lm_head, which stays as it is"),
         ({"ignore": ("nothing_like_it",)}, RecipeError, "'nothing_like_it' matches no layer"),
-        ({"ignore": ("*",)}, RecipeError, r"pattern '\*' is not a regular expression"),
+        ({"ignore": ("*",)}, UsageError, r"pattern '\*' is not a regular expression"),
         ({"ignore": (".*",)}, RecipeError, "leaves nothing to quantize.*and 13 more: ignored by"),
         ({"group_size": 48}, RecipeError, "48 does not divide the 64 input features of .*q_proj and 13 more; use 64 or 32 or 16 or -1"),
         ({"group_size": 128}, RecipeError, "128 does not divide the 64 input features"),
-        ({"group_size": 0}, RecipeError, "group size 0 is not supported; use 8 or more, or -1"),
+        ({"group_size": 0}, UsageError, "group size 0 is not supported; use 8 or more, or -1"),
         ({"overrides": ("o_proj=w4a16-g48",)}, RecipeError, "48 does not divide the 64 input features of model.layers.0.self_attn.o_proj and 1 more"),
         ({"recipe": "w8a8-gptq", "format": "gptq"}, FormatError, "gptq cannot hold w8a8-int8 of .* and 13 more.*use compressed-tensors"),
         ({"overrides": ("down_proj=w5a16",), "format": "gptq"}, FormatError, "read 2, 3, 4, 8 bits, not 5; use compressed-tensors"),
@@ -227,6 +228,16 @@ def test_the_head_may_be_ignored_by_name_though_it_is_left_alone_anyway(tiny: Pa
 
 
 # Calibration data
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"seq_len": 64}, "seq_len"), ({"seed": 3, "text_column": "a"}, "text_column, seed"), ({"layout": "pad"}, "layout")],
+    ids=str,
+)
+def test_options_of_text_for_rows_that_are_tokens_already(settings: dict, named: str) -> None:
+    with pytest.raises(UsageError, match=f"rows of tokens, which are taken as they are, first to last; leave out {named}$"):
+        CalibrationOptions(source="rows.safetensors", **settings)
 
 
 def test_calibration_needs_a_tokenizer(tiny: Path, refused: Refused) -> None:

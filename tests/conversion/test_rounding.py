@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import round_together
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import parse_scheme
+from quantkit.errors import CalibrationError, SourceError
 from quantkit.methods.base import Statistics
 from quantkit.methods.gptq import GPTQ
 from quantkit.methods.rtn import SearchedScales
@@ -19,12 +21,15 @@ from tests.methods.test_gptq import correlated, weights
 INPUTS = 256
 
 
-def rounded(tokens: int) -> tuple[QuantizedTensor, LayerResult]:
-    """A layer by GPTQ with so many tokens seen."""
+def rounded(
+    tokens: int, *, weight: Tensor | None = None, hessian: Tensor | None = None, widest: torch.dtype = torch.float16
+) -> tuple[QuantizedTensor, LayerResult]:
+    """A layer by GPTQ with so many tokens seen, in a container whose scales are half, or of this type for a bfloat16 model."""
     layer = SimpleNamespace(linear=SimpleNamespace(name="up", is_transposed=False), scheme=parse_scheme("w4a16-g64"), rounding=GPTQ(), note=None)
-    plan = SimpleNamespace(layers={"up": layer}, format=SimpleNamespace(scale_dtype=lambda dtype: torch.float16))
-    statistics = Statistics(correlated(INPUTS, tokens=tokens), tokens)
-    stored = {"up.weight": weights(16, INPUTS)}
+    fmt = SimpleNamespace(scale_dtype=lambda dtype: widest if dtype == torch.bfloat16 else torch.float16)
+    plan = SimpleNamespace(layers={"up": layer}, format=fmt)
+    statistics = Statistics(correlated(INPUTS, tokens=tokens) if hessian is None else hessian, tokens)
+    stored = {"up.weight": weights(16, INPUTS) if weight is None else weight}
     ((_, q, result),) = round_together(["up"], plan, stored, statistics, torch.float16, torch.device("cpu"))
     return q, result
 
@@ -52,3 +57,18 @@ def test_almost_none_are_as_good_as_none() -> None:
     assert (result.rounding, result.seen_tokens) == ("SearchedScales", None)
     assert "too few calibration tokens" in result.note
     assert q.equals(SearchedScales()(weights(16, INPUTS), q.spec, torch.float16, None))
+
+
+def test_inputs_that_overflow_are_blamed_on_the_layer_that_reads_them() -> None:
+    with pytest.raises(CalibrationError, match=r"^up: the squares of its inputs overflow on calibration data; most likely a weight before it"):
+        rounded(1000, hessian=correlated(INPUTS, tokens=1000).fill_diagonal_(torch.inf))
+
+
+@pytest.mark.parametrize(("scales", "way"), [(torch.bfloat16, r", or use --dtype bfloat16$"), (torch.float16, r"--ignore 'up\$'$")], ids=str)
+def test_weights_whose_scales_overflow_are_refused_with_a_way_out(scales: torch.dtype, way: str) -> None:
+    weight = weights(16, INPUTS)
+    weight[3, 5] = 1e7
+
+    with pytest.raises(SourceError, match=rf"up.weight holds values up to 1e\+07, whose scales float16 cannot hold; leave it .*{way}"):
+        rounded(1000, weight=weight, widest=scales)
+    rounded(1000, weight=weight / 1e3)

@@ -15,8 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.cli import main
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify import VerifyOptions, verify
+from quantkit.core.packing import pack
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.quantize import as_groups, search_grid
 from quantkit.core.scheme import parse_scheme
@@ -26,6 +29,8 @@ from quantkit.formats.registry import FORMATS
 from quantkit.formats.streamed import open_streamed
 from quantkit.models.architecture import describe, load_config
 from quantkit.models.compare import TokenRows, compare
+from tests.conversion.conftest import edit_tensors, save_tiny
+from tests.models.test_streaming import save_random
 
 Q = "model.layers.1.self_attn.q_proj"
 QUICK = VerifyOptions(num_tokens=0)
@@ -108,6 +113,12 @@ def config_of(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def group_of(folder: Path, size: int) -> None:
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["group_size"] = size
+    config_of(folder, config_groups=groups)
+
+
 FILES: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "truncated": ("ct_w4a16_gptq", lambda f: truncate(f / "model.safetensors", 5_000_000), "files", "truncated"),
     "no tokenizer": ("ct_w4a16_gptq", lambda f: [p.unlink() for p in f.glob("token*")], "tokenizer", "the original has one"),
@@ -119,6 +130,10 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "two configs": ("gptq_b4_g128", lambda f: config_of(f, desc_act=True), "config", "quantize_config.json and config.json differ in desc_act"),
     "order not said": ("gptq_b4_g64_desc", lambda f: config_of(f, desc_act=False), "groups", "out of order, and the config says desc_act false"),
     "wrong bits": ("gptq_b4_g128", lambda f: config_of(f, bits=8), "decoding", "cannot be decoded"),
+    "another group size": ("gptq_b4_g128", lambda f: config_of(f, group_size=64), "decoding", "the scales are [256, 2]; 256 x 256 codes in"),
+    "a group size more": ("ct_w4a16_gptq", lambda f: group_of(f, 64), "layer tensors", "weight_scale is"),
+    "a group size less": ("ct_w4a16_gptq", lambda f: group_of(f, 256), "layer tensors", "weight_scale is"),
+    "zero points of v1 said to be v2": ("gptq_b4_g128", lambda f: config_of(f, checkpoint_format="gptq_v2"), "decoding", "stores the zero point 8"),
     "half a config": ("gptq_b4_g128", lambda f: config_of(f, bits=None), "files", "not understood"),
 }  # fmt: skip
 
@@ -132,6 +147,55 @@ def test_an_altered_file_fails_the_check_that_names_it(kind: str, peers: Path, t
     result = verify(folder, against=str(peers / "tiny"), options=QUICK)
 
     assert message in failed(result).get(check, ""), failed(result)
+
+
+@pytest.mark.parametrize("name", ["gptq_b3_g128", "gptq_b4_g128", "gptq_b8_g128"])
+def test_zero_points_off_by_one_are_further_away_than_any_rounding(name: str, peers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(peers / name, tmp_path / "out")
+    config_of(folder, checkpoint_format="gptq_v2", sym=False)
+
+    result = verify(folder, against=str(peers / "tiny"), options=QUICK)
+
+    assert "half of the layers are 1" in failed(result)["layer errors"]
+
+
+def test_a_layer_left_out_is_told_at_three_bits_too(peers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(peers / "gptq_b3_g128", tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    middle = pack(torch.full((256, 256), 4, dtype=torch.uint8), 3).T.contiguous()
+    save_file(tensors | {f"{Q}.qweight": middle}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    result = verify(folder, against=str(peers / "tiny"), options=QUICK)
+
+    assert f"{Q} is 1 of its weight's power away" in failed(result)["layer errors"]
+
+
+def test_a_single_layer_may_not_lie_far_beyond_its_rounding(peers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(peers / "ct_w8a8_gptq", tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{Q}.weight_scale"] *= 1.1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    result = verify(folder, against=str(peers / "tiny"), options=QUICK)
+
+    assert f"{Q} is " in failed(result)["layer errors"] and "times as far from the original as rounding to 8 bits" in failed(result)["layer errors"]
+
+
+def test_weights_of_zeros_and_of_few_values_are_as_near_as_can_be(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "m", tie_word_embeddings=True)
+    edit_tensors(tmp_path / "m", lambda t: [t[name].sign_() for name in t if "mlp" in name])
+    edit_tensors(tmp_path / "m", lambda t: [t[name].zero_() for name in t if "v_proj" in name])
+    for recipe in ("w4a16-mse", "w8a16"):
+        convert(str(tmp_path / "m"), tmp_path / recipe, ConvertOptions(recipe=recipe))
+
+        assert failed(verify(tmp_path / recipe, against=str(tmp_path / "m"), options=QUICK)) == {}
+
+
+def test_another_model_s_original_is_told_by_its_shapes(peers: Path, test_data: Path) -> None:
+    result = verify(peers / "ct_w4a16_gptq", against=str(test_data / "data" / "stories260k-hf"), options=VerifyOptions(num_tokens=100))
+
+    assert "down_proj is [256, 512], and [64, 172] in the original" in failed(result)["layer errors"]
+    assert "they are not the same model" in failed(result)["KL divergence"]
 
 
 def test_a_model_that_computes_nan_fails_with_the_block_named(test_data: Path, tmp_path: Path) -> None:
@@ -189,6 +253,17 @@ def test_square_conv1d_weights_are_turned_the_right_way(tmp_path: Path) -> None:
     assert "layer errors" not in failed(result), failed(result)
     assert max(result.layer_errors.values()) < 1e-3
     assert divergence.kl_mean < 1e-4
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_our_own_experts_pass_with_their_routers_left_alone(family: str, format_name: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path / "m")
+    convert(str(tmp_path / "m"), tmp_path / "out", ConvertOptions(recipe="w4a16-rtn", format=format_name, group_size=16))
+
+    result = verify(tmp_path / "out", against=str(tmp_path / "m"), options=QUICK)
+
+    assert failed(result) == {}
 
 
 def test_an_unknown_part_of_a_quantized_layer_fails_without_an_original_too(peers: Path, tmp_path: Path) -> None:

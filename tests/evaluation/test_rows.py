@@ -75,7 +75,14 @@ def test_a_line_separator_inside_a_text_is_part_of_it(tokenizer: object, tmp_pat
     assert rows_of_text(path, tokenizer, context=512).input_ids[0].tolist() == tokenizer(text)["input_ids"]
 
 
-UNREADABLE = [("", "a.txt", "is empty"), ("{}", "a.jsonl", "`text`"), ("nope", "a.jsonl", "JSON lines"), (None, "a.txt", "no text file")]
+UNREADABLE = [
+    ("", "a.txt", "is empty"),
+    ("{}", "a.jsonl", "`text`"),
+    ("nope", "a.jsonl", "JSON lines"),
+    (None, "a.txt", "no text file"),
+    ('{"text": "one"}\n{"text": 5}', "a.jsonl", "that of record 2 is 5, not a string"),
+    ('{"text": null}', "a.jsonl", "is None, not a string"),
+]
 
 
 @pytest.mark.parametrize(("content", "name", "message"), UNREADABLE)

@@ -21,6 +21,50 @@ UNREAD: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
 }
 
 
+AROUND: dict[str, tuple[dict[str, Any], str]] = {
+    "a rotation of inputs": (
+        {"transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}},
+        r"transforms at run time \(input\)",
+    ),
+    "a rotation of keys": (
+        {"transform_config": {"config_groups": {"r3": {"apply": [{"location": "q_attn"}, {"location": "k_cache"}]}}}}, r"\(k_cache, q_attn\)",
+    ),
+    "a sparse layout": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config 'sparse-24-bitmask'"),
+}  # fmt: skip
+NOTHING: tuple[dict[str, Any], ...] = (
+    {"transform_config": {}, "sparsity_config": {}},
+    {"transform_config": None, "sparsity_config": None},
+    {"sparsity_config": {"format": "dense", "global_sparsity": 0.1}},
+    {"transform_config": {"config_groups": {"r1": {"apply": [{"location": "weight_input"}, {"location": "weight_output", "inverse": True}]}}}},
+)
+
+
+def packed(**more: Any) -> dict[str, Any]:
+    """A plain 4-bit configuration and what stands beside its groups."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    return {"format": "pack-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, **more.pop("group", {})}}} | more
+
+
+@pytest.mark.parametrize("case", AROUND)
+def test_what_changes_layers_beside_their_weights_is_refused(case: str) -> None:
+    more, message = AROUND[case]
+
+    with pytest.raises(FormatError, match=message):
+        CompressedTensors().read_config(packed(**more), ["a.weight_packed"])
+
+
+def test_quantized_outputs_are_refused() -> None:
+    config = packed(group={"output_activations": {"num_bits": 8, "type": "int"}})
+
+    with pytest.raises(FormatError, match="with output_activations is not read yet"):
+        CompressedTensors().read_config(config, ["a.weight_packed"])
+
+
+@pytest.mark.parametrize("more", NOTHING, ids=["empty", "null", "dense", "in the weights"])
+def test_what_changes_nothing_is_read(more: dict[str, Any]) -> None:
+    assert CompressedTensors().read_config(packed(**more), ["a.weight_packed"])["a"].name == "w4a16-g32"
+
+
 @pytest.mark.parametrize("case", UNREAD)
 def test_what_would_be_read_with_another_meaning_is_refused(case: str) -> None:
     layout, weights, activations, message = UNREAD[case]

@@ -12,7 +12,8 @@ from safetensors import safe_open
 import quantkit
 from quantkit.checkpoint.source import resolve
 from quantkit.cli import main
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, FormatError
+from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.summary import Summary, summarize
 
 PARAMETERS, QUANTIZED = 4_458_752, 2_359_296
@@ -55,6 +56,20 @@ def test_a_container_that_is_not_decoded_says_so_and_who_loads_it(peers: Path) -
     assert "not read yet" in summary.notes[0]
     assert "group_size=128" in summary.notes[1]
     assert (loads(summary)["vLLM"], loads(summary)["llama.cpp"], loads(summary)["quantkit"]) == (True, False, False)
+
+
+@pytest.mark.parametrize(("name", "size"), [("gptq_b4_g128", 64), ("ct_w4a16_gptq", 64), ("ct_w4a16_gptq", 256)])
+def test_a_config_that_contradicts_the_scales_is_said_and_not_read(name: str, size: int, peers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(peers / name, tmp_path / "out")
+    for file in ("config.json", "quantize_config.json"):
+        if (folder / file).exists():
+            (folder / file).write_text((folder / file).read_text().replace('"group_size": 128', f'"group_size": {size}'))
+
+    summary = summarize(folder)
+
+    assert loads(summary)["quantkit"] is False and f"w4a16{'-g64' if size == 64 else '-g256'} wants" in summary.notes[0]
+    with pytest.raises(FormatError, match=r"^model.layers.0.mlp.up_proj cannot be decoded: the scales are \[512, 2\]"):
+        OpenedCheckpoint(folder).quantized("model.layers.0.mlp.up_proj")
 
 
 def test_an_unquantized_tied_model(test_data: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.core.quantize import GridSearch, as_groups, range_grid, search_grid, stored_scale
+from quantkit.core.quantize import GridSearch, as_groups, range_grid, rounding_noise, search_grid, stored_scale
 from quantkit.core.scheme import CHANNEL, WEIGHT_BITS, QuantSpec
 from quantkit.errors import RecipeError
 from quantkit.methods import ROUNDINGS, Statistics, get_rounding
@@ -34,6 +34,22 @@ def test_every_weight_takes_its_nearest_code(spec: QuantSpec) -> None:
     every = (torch.arange(spec.max_code + 1) - q.expand(zero)[..., None]) * q.expand(q.scale)[..., None]
     nearest = (every - weight[..., None]).abs().amin(-1)
     torch.testing.assert_close((q.dequantize() - weight).abs(), nearest, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=named)
+def test_the_noise_of_rounding_is_foretold(spec: QuantSpec) -> None:
+    weight = weights(200, 96)
+
+    error = float((RoundToNearest()(weight, spec, torch.float32, None).dequantize() - weight).square().sum())
+
+    assert error == pytest.approx(float(rounding_noise(weight, spec).sum()), rel=0.35 if spec.bits < 4 else 0.1)
+
+
+def test_zeros_and_a_ragged_last_group_make_no_noise_of_their_own() -> None:
+    weight, spec = weights(), QuantSpec(4, 64)
+
+    assert rounding_noise(torch.zeros(3, 64), spec).tolist() == [0, 0, 0]
+    torch.testing.assert_close(rounding_noise(weight, spec), rounding_noise(torch.nn.functional.pad(weight, (0, 32)), spec))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=named)

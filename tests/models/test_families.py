@@ -42,7 +42,7 @@ HYBRID = {"layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_d_state": 8,
 PLAIN = (
     "afmoe", "apertus", "arcee", "beam", "biogpt", "bitnet", "cohere2_moe", "cwm", "diffllama", "doge", "dots1", "ernie4_5", "ernie4_5_moe",
     "exaone_moe", "flex_olmo", "flint", "glm", "glm4", "glm4_moe", "gpt_neox_japanese", "gpt_oss", "granite_swa", "granitemoe", "granitemoe_swa",
-    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "inkling2_text", "internlm3", "jais2", "jetmoe", "kolibri1",
+    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "jais2", "jetmoe", "kolibri1",
     "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "ministral", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
     "phi", "phimoe", "seed_oss", "solar_open", "vaultgemma",
 )
@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in PLAIN} | {
     "falcon_h1": MAMBA, "falcon_mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
     "gemma4_text": GEMMA4, "glm4_moe_lite": LATENT,
+    "inkling2_text": {"unpadded_vocab_size": 60},
     "gpt_neo": {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]], "window_size": 8},
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 32},
     "granitemoeshared": {"shared_intermediate_size": 32},

@@ -112,7 +112,7 @@ def test_tokens_do_not_depend_on_how_the_work_is_cut_up(cut: str, reference: Pat
 
 
 def test_tokens_do_not_depend_on_what_is_cached(reference: Path, prompts: list[list[int]], whole: list[list[int]]) -> None:
-    llm = engine(reference)
+    llm = engine(reference, kv_cache_memory=64 << 20)
     first = greedy(llm, prompts[:NUM_PROMPTS], NUM_TOKENS)
 
     again = llm.generate(prompts[:NUM_PROMPTS], max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)

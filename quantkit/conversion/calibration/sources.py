@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.calibration.default import DEFAULT_NAME, default_path, is_held_out
 from quantkit.conversion.calibration.records import READERS, Budget, Record, file_kind, join_articles, read_records
 from quantkit.errors import CalibrationError, did_you_mean
@@ -72,10 +73,15 @@ def _near(path: Path) -> str:
 
 
 def _folder(folder: Path, budget: Budget, rng: random.Random) -> Iterator[Record]:
-    """Every readable file, in random order, each with an equal share of what is left of the budget."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and file_kind(path) is not None and not path.name.startswith("."))
+    """Every readable file, in random order, each with an equal share of what is left of the budget; the others are noted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    paths = [path for path in files if file_kind(path) is not None]
+    others = [str(path.relative_to(folder)) for path in files if file_kind(path) is None]
     if not paths:
-        raise CalibrationError(f"{folder} holds no calibration file; known kinds: {', '.join(sorted(READERS))}")
+        found = f"it holds {some(others, 5)}; " if others else ""
+        raise CalibrationError(f"{folder} holds no calibration file; {found}known kinds: {', '.join(sorted(READERS))}")
+    if others:
+        budget.notes.append(f"not read, being of no known kind: {some(others, 5)}")
     rng.shuffle(paths)
     return _read_all(paths, budget, rng)
 

@@ -170,6 +170,20 @@ def test_a_missing_file_names_what_lies_near(write, byte_tokenizer):
         load_calibration(CalibrationOptions(path.replace("calibration.jsonl", "calibratoin.jsonl")), byte_tokenizer, context=512)
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, byte_tokenizer):
+    (tmp_path / "PROVENANCE.md").write_text(" ".join(TEXTS))
+    for name in ("wiki.utf8", "sub/code.utf8"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(" ".join(TEXTS))
+
+    rows = load_calibration(CalibrationOptions(source=str(tmp_path), num_samples=2, seq_len=64), byte_tokenizer, context=64)
+    (tmp_path / "PROVENANCE.md").unlink()
+
+    assert "not read, being of no known kind: sub/code.utf8, wiki.utf8" in rows.report.summary()
+    with pytest.raises(CalibrationError, match=r"holds no calibration file; it holds sub/code.utf8, wiki.utf8; known kinds: "):
+        load_calibration(CalibrationOptions(source=str(tmp_path)), byte_tokenizer, context=64)
+
+
 def test_an_empty_folder_is_refused(tmp_path, byte_tokenizer):
     with pytest.raises(CalibrationError, match="holds no calibration file"):
         load_calibration(CalibrationOptions(str(tmp_path)), byte_tokenizer, context=512)
