@@ -48,7 +48,9 @@ def choose(
 
 
 def _line(sequence: Sequence, guesses: list[int], stop: int, request: SampleRequest) -> _Line:
-    requests = [request, *(replace(request, output=[*request.output, *guesses[: i + 1]]) for i in range(len(guesses)))]
+    requests = [request]
+    if guesses:
+        requests += [replace(request, output=[*request.output, *guesses[: i + 1]]) for i in range(len(guesses))]
     return _Line(sequence, guesses, range(stop - len(requests), stop), requests)
 
 

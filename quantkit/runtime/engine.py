@@ -211,7 +211,8 @@ class Engine:
             self._keep_prompt_logprobs(each, logits)
         ready = [each for each in wanted if each.piece.reaches_end and not each.piece.sequence.is_only_scored]
         chosen = choose(logits, ready, self._wish, drafts)
-        settle(batch, drafts, chosen)
+        if self.proposer:
+            settle(batch, drafts, chosen)
         touched: dict[str, Tracked] = {}
         for piece in batch.pieces:
             tracked, _ = self._request_of[piece.sequence.id]

@@ -38,34 +38,31 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens [start, start + count) of a sequence's known and guessed ones, to be computed in this step."""
+    """Tokens [start, end) of a sequence's known and guessed ones, to be computed in this step.
+
+    Attributes:
+        reaches_end: whether every known token is computed after this piece, so that the next one can be chosen.
+        tokens: known ones, and `guesses` behind them those of the sequence's guesses that are computed with it.
+        num_scored: tokens whose log-probabilities are wanted: each takes a row of logits.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    end: int
+    reaches_end: bool
+    tokens: list[int]
+    guesses: list[int]
+    num_scored: int
 
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
-    @property
-    def reaches_end(self) -> bool:
-        """Whether every known token is computed after this piece, so that the next one can be chosen."""
-        return self.end >= self.sequence.num_to_compute
-
-    @property
-    def num_scored(self) -> int:
-        """Tokens whose log-probabilities are wanted: each takes a row of logits."""
-        return max(0, self.end - max(self.start, self.sequence.scored_from)) if self.sequence.is_scored else 0
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.sequence.tokens[self.start : self.end] + self.guesses
-
-    @property
-    def guesses(self) -> list[int]:
-        """Those of the sequence's guesses that are computed with it."""
-        return self.sequence.draft[: max(0, self.end - len(self.sequence.tokens))]
+    @classmethod
+    def of(cls, sequence: Sequence, count: int) -> Piece:
+        """The next tokens that a sequence has not computed."""
+        start, known = sequence.num_computed, sequence.tokens
+        end = start + count
+        guesses = sequence.draft[: max(0, end - len(known))] if sequence.draft else []
+        num_scored = max(0, end - max(start, sequence.scored_from)) if sequence.is_scored else 0
+        return cls(sequence, start, count, end, end >= sequence.num_to_compute, known[start:end] + guesses, guesses, num_scored)
 
 
 @dataclass(slots=True)
@@ -136,16 +133,15 @@ class Scheduler:
         sequence = piece.sequence
         if sequence.is_finished:
             return []
-        reached_end = piece.reaches_end
         sequence.draft = []
-        if reached_end and tokens:
+        if piece.reaches_end and tokens:
             sequence.num_computed = len(sequence.tokens) + len(tokens) - 1
             sequence.tokens += tokens
         else:
             sequence.num_computed = min(piece.end, len(sequence.tokens))
         self.waiting.serve(sequence.tenant, piece.count)
         self._remember(sequence)
-        return self._fork(sequence) if sequence.siblings and reached_end else []
+        return self._fork(sequence) if sequence.siblings and piece.reaches_end else []
 
     def give_back(self, batch: Batch) -> None:
         """A batch was not computed: its sequences wait again and are computed from their beginnings."""
@@ -212,7 +208,7 @@ class Scheduler:
             self._preempt(victim, batch)
             if victim is sequence:
                 return 0
-        batch.pieces.append(Piece(sequence, sequence.num_computed, count))
+        batch.pieces.append(Piece.of(sequence, count))
         return count
 
     def _admit(self, budget: int, batch: Batch) -> None:
@@ -237,7 +233,7 @@ class Scheduler:
             count = self._chunk(sequence, budget, batch)
             allocated = self._allocate(sequence, count, batch)
             assert allocated
-            batch.pieces.append(Piece(sequence, sequence.num_computed, count))
+            batch.pieces.append(Piece.of(sequence, count))
             budget -= count
 
     def _expected(self) -> int:

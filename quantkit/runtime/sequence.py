@@ -53,6 +53,7 @@ class Sequence:
         level: the priority it was admitted with, which waiting has raised.
         arrival: order of arrival, and arrived_at the step of it.
         num_remembered: its first blocks that the pool has been told of.
+        is_only_scored: nothing is generated, so nobody wants what stands behind its last token, which is not computed.
         slot: its row among the running sequences, and num_tabled its blocks that are written there.
     """
 
@@ -81,10 +82,12 @@ class Sequence:
     num_remembered: int = 0
     slot: int = 0
     num_tabled: int = 0
+    is_only_scored: bool = False
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_prompt = self.num_prompt or len(self.tokens)
+        self.is_only_scored = self.params.max_tokens == 0
 
     @property
     def is_finished(self) -> bool:
@@ -107,11 +110,6 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def is_only_scored(self) -> bool:
-        """Whether nothing is generated: then nobody wants what stands behind its last token, which is not computed."""
-        return self.params.max_tokens == 0
 
     @property
     def num_to_compute(self) -> int:

@@ -54,7 +54,8 @@ def comparison(tmp_path: Path) -> Iterator[Comparison]:
 def test_every_row_of_the_comparison_is_there_and_its_models_are_kept(comparison: Comparison, tmp_path: Path) -> None:
     rows = rows_of(comparison.throughput([1, 2], 8, 3, with_transformers=True))
 
-    assert [rows.count(name) for name in ("quantkit, 4 bits", "quantkit, unquantized", "transformers generate, one by one, bfloat16")] == [2, 2, 2]
+    peers = [f"transformers generate, one by one, {dtype}" for dtype in ("float32", "bfloat16")]
+    assert [rows.count(name) for name in ("quantkit, 4 bits", "quantkit, unquantized", *peers)] == [2, 2, 2, 2]
     assert sorted(folder.name for folder in (tmp_path / "reference").iterdir()) == ["dense", "w4"]
 
 
