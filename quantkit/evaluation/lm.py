@@ -32,13 +32,14 @@ class EngineLM(TemplateLM):
 
     Attributes:
         num_cut: requests so far that lost it.
+        cut_texts: the texts they began with.
     """
 
     def __init__(self, llm: LLM, *, max_length: int | None = None) -> None:
         super().__init__()
         self.llm, self.tokenizer = llm, llm.engine.tokenizer
         self.max_length = min(max_length or llm.engine.context, llm.engine.scheduler.max_length)
-        self.num_cut = 0
+        self.num_cut, self.cut_texts = 0, set[str]()
         self._runs = count()
 
     @property
@@ -82,7 +83,7 @@ class EngineLM(TemplateLM):
         for request in requests:
             context, settings = request.args
             params = _sampling(settings)
-            asked.append((self._cut(self.tok_encode(context), self.max_length - (params.max_tokens or 0)), params))
+            asked.append((self._cut(self.tok_encode(context), self.max_length - (params.max_tokens or 0), context), params))
         keep = partial(self.cache_hook.add_partial, "generate_until")
         outputs = self._run(asked, "generated", disable_tqdm, lambda number, output: keep(requests[number].args, output.text))
         return [output.text for output in outputs]
@@ -92,8 +93,8 @@ class EngineLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """One request of each context goes first, contexts that begin alike beside each other; the others find it in the prefix cache."""
         asked: list[tuple[list[int], SamplingParams]] = []
-        for _, context, continuation in requests:
-            whole = self._cut(context + continuation, self.max_length + 1)
+        for texts, context, continuation in requests:
+            whole = self._cut(context + continuation, self.max_length + 1, texts[0] if texts else None)
             asked.append((whole, SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=max(1, len(whole) - len(continuation)))))
         found: dict[int, tuple[float, bool]] = {}
 
@@ -114,9 +115,12 @@ class EngineLM(TemplateLM):
             self._run([asked[number] for number in wave], "scored", disable_tqdm, lambda at, output, wave=wave: keep(wave[at], output))
         return [found[number] for number in range(len(requests))]
 
-    def _cut(self, tokens: list[int], room: int) -> list[int]:
+    def _cut(self, tokens: list[int], room: int, text: str | None) -> list[int]:
         """The last tokens that fit, as lm-eval cuts; counted."""
-        self.num_cut += len(tokens) > room
+        if len(tokens) > room:
+            self.num_cut += 1
+            if text is not None:
+                self.cut_texts.add(text)
         return tokens[-room:]
 
     def _run(
