@@ -32,7 +32,8 @@ class HarnessLM(EngineLM):
         """
         Args:
             arg_dict: `pretrained`, `max_length`, and fields of EngineOptions.
-            additional_config: of lm-eval's own options only the device counts; batches are the engine's.
+            additional_config: lm-eval's own --batch_size and --device (cuda:0 unless it is given) are not taken: batches are the engine's, and
+                `device` is among the arguments.
 
         Raises:
             UsageError: an argument is not known.
@@ -41,9 +42,6 @@ class HarnessLM(EngineLM):
         source, max_length = settings.pop("pretrained", None), settings.pop("max_length", None)
         if not source:
             raise UsageError("name the model: --model_args pretrained=FOLDER")
-        device = (additional_config or {}).get("device")
-        if device is not None:
-            settings.setdefault("device", device)
         known = {field.name for field in fields(EngineOptions)}
         for name in settings:
             if name not in known:
