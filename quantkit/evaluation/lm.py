@@ -22,6 +22,7 @@ from quantkit.runtime.outputs import RequestOutput
 from quantkit.runtime.sampling_params import SamplingParams
 
 _GENERATED = 256
+_LIKELY = 64
 
 
 class EngineLM(TemplateLM):
@@ -91,28 +92,50 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """One request of each context goes first, contexts that begin alike beside each other; the others find it in the prefix cache."""
-        asked: list[tuple[list[int], SamplingParams]] = []
-        for texts, context, continuation in requests:
-            whole = self._cut(context + continuation, self.max_length + 1, texts[0] if texts else None)
-            asked.append((whole, SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=max(1, len(whole) - len(continuation)))))
+        """One request of each context goes first, and answers the context's others of one token that are among its likely ones.
+
+        What contexts share is computed before them, and found in the prefix cache.
+        """
+        wholes = [self._cut(before + after, self.max_length + 1, texts[0] if texts else None) for texts, before, after in requests]
+        starts = [len(whole) - len(after) for whole, (_, _, after) in zip(wholes, requests, strict=True)]
         found: dict[int, tuple[float, bool]] = {}
 
-        def keep(number: int, output: RequestOutput) -> None:
-            scored = [each for each in output.prompt_logprobs or [] if each is not None]
-            found[number] = sum(each.logprob for each in scored), all(each.rank == 1 for each in scored)
+        def keep(number: int, value: float, is_greedy: bool) -> None:
+            found[number] = value, is_greedy
             if requests[number][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
 
-        order = sorted(range(len(requests)), key=lambda number: asked[number][0])
-        contexts: set[tuple[int, ...]] = set()
-        waves: tuple[list[int], list[int]] = [], []
-        for number in order:
-            context = tuple(requests[number][1])
-            waves[context in contexts].append(number)
-            contexts.add(context)
-        for wave in waves:
-            self._run([asked[number] for number in wave], "scored", disable_tqdm, lambda at, output, wave=wave: keep(wave[at], output))
+        leaders: dict[tuple[int, ...], int] = {}
+        followers: dict[int, list[int]] = {}
+        for number in sorted(range(len(requests)), key=wholes.__getitem__):
+            leader = leaders.setdefault(tuple(requests[number][1]), number)
+            followers.setdefault(leader, []).extend([number] if number != leader else [])
+
+        def of_one_token(leader: int) -> list[int]:
+            context = wholes[leader][: starts[leader]]
+            return [each for each in followers.get(leader, ()) if len(requests[each][2]) == 1 and wholes[each][:-1] == context]
+
+        def done(number: int, output: RequestOutput) -> None:
+            scored = [each for each in output.prompt_logprobs or [] if each is not None]
+            keep(number, sum(each.logprob for each in scored), all(each.rank == 1 for each in scored))
+            likely = dict(scored[0].top) if scored else {}
+            for each in of_one_token(number) if likely else ():
+                value = likely.get(wholes[each][-1])
+                if value is not None:
+                    keep(each, value, value == scored[0].top[0][1])
+
+        def ask(wave: list[int]) -> None:
+            asked = [
+                (wholes[number], SamplingParams(
+                    max_tokens=0, prompt_logprobs=_LIKELY if of_one_token(number) else 0, prompt_logprobs_from=max(1, starts[number])
+                )) for number in wave
+            ]  # fmt: skip
+            if asked:
+                self._run(asked, "scored", disable_tqdm, lambda at, output: done(wave[at], output))
+
+        for wave in _beginnings_first(list(leaders.values()), wholes):
+            ask(wave)
+        ask([each for group in followers.values() for each in group if each not in found])
         return [found[number] for number in range(len(requests))]
 
     def _cut(self, tokens: list[int], room: int, text: str | None) -> list[int]:
@@ -138,6 +161,18 @@ class EngineLM(TemplateLM):
                         done(numbers[output.id], output)
                         bar.update()
         return outputs
+
+
+def _beginnings_first(numbers: list[int], prompts: list[list[int]]) -> tuple[list[int], list[int]]:
+    """Sorted prompts in two waves: those that share less than half with the one before them, then the others."""
+    waves: tuple[list[int], list[int]] = [], []
+    before: list[int] = []
+    for number in numbers:
+        prompt = prompts[number]
+        half = len(prompt) // 2
+        waves[prompt[:half] == before[:half]].append(number)
+        before = prompt
+    return waves
 
 
 def _require_sound(output: RequestOutput) -> None:
