@@ -7,7 +7,7 @@ context's end go to the continuation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count
 from typing import Any
 
@@ -42,6 +42,7 @@ class EngineLM(TemplateLM):
         self.max_length = min(max_length or llm.engine.context, llm.engine.scheduler.max_length)
         self.num_cut, self.cut_texts = 0, set[str]()
         self._runs = count()
+        self._encode = lru_cache(maxsize=64)(self._encode_anew)  # a question's context comes with each of its choices
 
     @property
     def eot_token_id(self) -> int:
@@ -59,7 +60,10 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        return list(self._encode(string, add_special_tokens))
+
+    def _encode_anew(self, string: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt))

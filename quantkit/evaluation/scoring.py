@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
 import lm_eval.api.task
+import lm_eval.utils
 import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
@@ -91,7 +92,7 @@ def score(
     options = options or ScoringOptions()
     sources = [source for source in (baseline, model) if source is not None]
     folders = [resolve(source, trust_remote_code=options.trust_remote_code).folder for source in sources]
-    with _quiet_lm_eval():
+    with _tuned_lm_eval():
         data = TaskData(options.data_dir, is_partial=options.is_partial_data) if options.data_dir else None
         opened = open_tasks(tasks, data=data, runs_unsafe_code=options.runs_unsafe_code)
         done = [
@@ -163,14 +164,19 @@ def _seed() -> None:
 
 
 @contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
-    """lm-eval warns of what is meant here, once for every task, and has a progress bar for each task's prompts: 57 lines for MMLU."""
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval.api.task.tqdm
+def _tuned_lm_eval() -> Iterator[None]:
+    """Without lm-eval's warnings of what is meant here and its progress bar for each task's prompts, both 57 lines for MMLU.
+
+    Its prompt templates are compiled once, not once a document, which takes longer than a small model's answers.
+    """
+    logger, environment = logging.getLogger("lm_eval"), lm_eval.utils.env
+    level, bar, compiled = logger.level, lm_eval.api.task.tqdm, environment.from_string
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(bar, disable=True)
+    environment.from_string = lru_cache(maxsize=1024)(compiled)
     try:
         yield
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bar
+        environment.from_string = compiled
