@@ -11,18 +11,28 @@ from quantkit.cli.adapter_options import lora_option
 
 _MODES = ("fast", "exact", "int8")
 _MODE_HELP = "exact: float32, equal in any batch. int8: prompts faster, answers less exact; quantized models on CPUs."
+_KV_HELP = "auto (the checkpoint's own), float32, bfloat16, float16, int8, fp8."
+_CONTEXT_HELP = "Tokens of prompt and answer; the model's own by default."
+_QUANTIZATION_HELP = "Quantize an unquantized model while it loads: int8 or w4."
 _OPTIONS = (
     click.option("--mode", type=click.Choice(_MODES), default="fast", show_default=True, help=_MODE_HELP),
-    click.option("--quantization", help="Quantize an unquantized model while it loads: int8 or w4."),
+    click.option("--quantization", help=_QUANTIZATION_HELP),
     lora_option,
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
-    click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto (the checkpoint's own), float32, bfloat16, float16, int8, fp8."),
-    click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer; the model's own by default."),
+    click.option("--kv-cache-dtype", default="auto", show_default=True, help=_KV_HELP),
+    click.option("--context", type=click.IntRange(1), help=_CONTEXT_HELP),
     click.option("--draft", "speculation", help="Guess tokens ahead: ngram (from the text so far), or a smaller model with the same tokenizer."),
     click.option("--num-draft-tokens", type=click.IntRange(1), default=4, show_default=True, help="Tokens to guess ahead at most."),
     click.option("--threads", type=click.IntRange(1), help="Threads on a CPU; its physical cores by default."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along."),
 )
+SCORING = (
+    click.option("--mode", type=click.Choice(_MODES), default="fast", show_default=True, help=_MODE_HELP),
+    click.option("--quantization", help=f"{_QUANTIZATION_HELP} Of MODEL alone."),
+    click.option("--kv-cache-dtype", default="auto", show_default=True, help=f"{_KV_HELP} Of MODEL alone."),
+    click.option("--context", type=click.IntRange(1), help=_CONTEXT_HELP),
+)
+"""Options of the engine that tasks are scored with; `eval` has --device and --trust-remote-code itself."""
 _SAMPLING = (
     click.option("--max-tokens", type=click.IntRange(1), help="Tokens to generate at most."),
     click.option("--temperature", type=float, default=0.7, show_default=True, help="0 takes the most likely token always."),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from quantkit.cli.eval_tasks import run_tasks, task_options
+from quantkit.errors import UsageError
+
 _METRICS = ("ppl", "kl", "top1")
+_OF_METRICS = ("metrics", "text", "tokens", "seq_len", "max_tokens", "batch_size", "dtype")
 
 
 def _metrics(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    from quantkit.errors import UsageError, did_you_mean
+    from quantkit.errors import did_you_mean
 
     if value is None:
         return None
@@ -34,21 +39,34 @@ def _metrics(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 @click.option("--dtype", default="float32", show_default=True, help="Type in which blocks are computed: float32, bfloat16, float16.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that was measured as one JSON object.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
+@task_options
+@click.pass_context
 def evaluate(
-    model: str, baseline: str | None, metrics: tuple[str, ...] | None, text: Path | None, tokens: Path | None, seq_len: int | None, max_tokens: int,
-    batch_size: int, device: str, dtype: str, as_json: bool, trust_remote_code: bool,
+    ctx: click.Context, model: str, baseline: str | None, metrics: tuple[str, ...] | None, text: Path | None, tokens: Path | None,
+    seq_len: int | None, max_tokens: int, batch_size: int, device: str, dtype: str, as_json: bool, trust_remote_code: bool, tasks: str | None,
+    suite: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Measure perplexity of MODEL and, with --baseline, what quantization changed.
 
     Both models pass over the same rows block by block, so neither has to fit into memory. Statistics bear the names and have the meanings of
     `llama-perplexity --kl-divergence`, except that every token of a row but its first is counted.
 
+    With --tasks or --suite, lm-eval's tasks are answered instead, by one model after the other on quantkit's own runtime, and compared document by
+    document. `reference_mmlu` and `reference_gsm8k` ship with quantkit; `mmlu` and `gsm8k` run on local files with --data-dir; any other name that
+    lm-eval knows is fetched from the hub. Answers are kept, so that a stopped run goes on when the same command is given again.
+
     \b
     quantkit eval out --baseline org/name --text wiki.test.raw
     quantkit eval out --metrics ppl --tokens heldout.safetensors --json
+    quantkit eval out --baseline org/name --tasks mmlu,gsm8k --num-fewshot 5 --data-dir ./data
+    quantkit eval out --baseline reference --suite quick --output scores.json
     """
-    from quantkit.errors import UsageError
-
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE}
+    if tasks is not None or suite is not None:
+        _refuse(ctx, given & set(_OF_METRICS), "measures text, and --tasks or --suite answers tasks; leave one of them out")
+        run_tasks(model, baseline, tasks, suite, as_json, options | {"device": device, "trust_remote_code": trust_remote_code})
+        return
+    _refuse(ctx, given & set(options), "is about tasks; name them with --tasks or --suite")
     if baseline is None and metrics is not None and set(metrics) - {"ppl"}:
         raise UsageError(f"{', '.join(m for m in metrics if m != 'ppl')} compare with the original model; name it with --baseline")
     settings = {
@@ -56,6 +74,13 @@ def evaluate(
         "dtype": dtype, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     _run(model, baseline, metrics or _METRICS, as_json, settings)
+
+
+def _refuse(ctx: click.Context, names: set[str], why: str) -> None:
+    """The first of these options, in the order of the help, is not for what was asked."""
+    for option in ctx.command.params:
+        if option.name in names:
+            raise UsageError(f"{option.opts[0]} {why}")
 
 
 def _run(model: str, baseline: str | None, metrics: tuple[str, ...], as_json: bool, settings: dict) -> None:

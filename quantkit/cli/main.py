@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "quantkit.cli.chat:chat",
     "serve": "quantkit.cli.serve:serve",
     "eval": "quantkit.cli.eval:evaluate",
+    "lm-eval": "quantkit.cli.lm_eval:lm_eval",
     "recipes": "quantkit.cli.recipes:recipes",
     "bench": "quantkit.cli.bench:bench",
 }

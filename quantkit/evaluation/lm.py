@@ -7,7 +7,7 @@ context's end go to the continuation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count
 from typing import Any
 
@@ -22,6 +22,7 @@ from quantkit.runtime.outputs import RequestOutput
 from quantkit.runtime.sampling_params import SamplingParams
 
 _GENERATED = 256
+_LIKELY = 64
 
 
 class EngineLM(TemplateLM):
@@ -32,14 +33,16 @@ class EngineLM(TemplateLM):
 
     Attributes:
         num_cut: requests so far that lost it.
+        cut_texts: the texts they began with.
     """
 
     def __init__(self, llm: LLM, *, max_length: int | None = None) -> None:
         super().__init__()
         self.llm, self.tokenizer = llm, llm.engine.tokenizer
         self.max_length = min(max_length or llm.engine.context, llm.engine.scheduler.max_length)
-        self.num_cut = 0
+        self.num_cut, self.cut_texts = 0, set[str]()
         self._runs = count()
+        self._encode = lru_cache(maxsize=64)(self._encode_anew)  # a question's context comes with each of its choices
 
     @property
     def eot_token_id(self) -> int:
@@ -57,7 +60,10 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        return list(self._encode(string, add_special_tokens))
+
+    def _encode_anew(self, string: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt))
@@ -82,7 +88,7 @@ class EngineLM(TemplateLM):
         for request in requests:
             context, settings = request.args
             params = _sampling(settings)
-            asked.append((self._cut(self.tok_encode(context), self.max_length - (params.max_tokens or 0)), params))
+            asked.append((self._cut(self.tok_encode(context), self.max_length - (params.max_tokens or 0), context), params))
         keep = partial(self.cache_hook.add_partial, "generate_until")
         outputs = self._run(asked, "generated", disable_tqdm, lambda number, output: keep(requests[number].args, output.text))
         return [output.text for output in outputs]
@@ -90,33 +96,58 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """One request of each context goes first, contexts that begin alike beside each other; the others find it in the prefix cache."""
-        asked: list[tuple[list[int], SamplingParams]] = []
-        for _, context, continuation in requests:
-            whole = self._cut(context + continuation, self.max_length + 1)
-            asked.append((whole, SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=max(1, len(whole) - len(continuation)))))
+        """One request of each context goes first, and answers the context's others of one token that are among its likely ones.
+
+        What contexts share is computed before them, and found in the prefix cache.
+        """
+        wholes = [self._cut(before + after, self.max_length + 1, texts[0] if texts else None) for texts, before, after in requests]
+        starts = [len(whole) - len(after) for whole, (_, _, after) in zip(wholes, requests, strict=True)]
         found: dict[int, tuple[float, bool]] = {}
 
-        def keep(number: int, output: RequestOutput) -> None:
-            scored = [each for each in output.prompt_logprobs or [] if each is not None]
-            found[number] = sum(each.logprob for each in scored), all(each.rank == 1 for each in scored)
+        def keep(number: int, value: float, is_greedy: bool) -> None:
+            found[number] = value, is_greedy
             if requests[number][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
 
-        order = sorted(range(len(requests)), key=lambda number: asked[number][0])
-        contexts: set[tuple[int, ...]] = set()
-        waves: tuple[list[int], list[int]] = [], []
-        for number in order:
-            context = tuple(requests[number][1])
-            waves[context in contexts].append(number)
-            contexts.add(context)
-        for wave in waves:
-            self._run([asked[number] for number in wave], "scored", disable_tqdm, lambda at, output, wave=wave: keep(wave[at], output))
+        leaders: dict[tuple[int, ...], int] = {}
+        followers: dict[int, list[int]] = {}
+        for number in sorted(range(len(requests)), key=wholes.__getitem__):
+            leader = leaders.setdefault(tuple(requests[number][1]), number)
+            followers.setdefault(leader, []).extend([number] if number != leader else [])
+
+        def of_one_token(leader: int) -> list[int]:
+            context = wholes[leader][: starts[leader]]
+            return [each for each in followers.get(leader, ()) if len(requests[each][2]) == 1 and wholes[each][:-1] == context]
+
+        def done(number: int, output: RequestOutput) -> None:
+            scored = [each for each in output.prompt_logprobs or [] if each is not None]
+            keep(number, sum(each.logprob for each in scored), all(each.rank == 1 for each in scored))
+            likely = dict(scored[0].top) if scored else {}
+            for each in of_one_token(number) if likely else ():
+                value = likely.get(wholes[each][-1])
+                if value is not None:
+                    keep(each, value, value == scored[0].top[0][1])
+
+        def ask(wave: list[int]) -> None:
+            asked = [
+                (wholes[number], SamplingParams(
+                    max_tokens=0, prompt_logprobs=_LIKELY if of_one_token(number) else 0, prompt_logprobs_from=max(1, starts[number])
+                )) for number in wave
+            ]  # fmt: skip
+            if asked:
+                self._run(asked, "scored", disable_tqdm, lambda at, output: done(wave[at], output))
+
+        for wave in _beginnings_first(list(leaders.values()), wholes):
+            ask(wave)
+        ask([each for group in followers.values() for each in group if each not in found])
         return [found[number] for number in range(len(requests))]
 
-    def _cut(self, tokens: list[int], room: int) -> list[int]:
+    def _cut(self, tokens: list[int], room: int, text: str | None) -> list[int]:
         """The last tokens that fit, as lm-eval cuts; counted."""
-        self.num_cut += len(tokens) > room
+        if len(tokens) > room:
+            self.num_cut += 1
+            if text is not None:
+                self.cut_texts.add(text)
         return tokens[-room:]
 
     def _run(
@@ -134,6 +165,18 @@ class EngineLM(TemplateLM):
                         done(numbers[output.id], output)
                         bar.update()
         return outputs
+
+
+def _beginnings_first(numbers: list[int], prompts: list[list[int]]) -> tuple[list[int], list[int]]:
+    """Sorted prompts in two waves: those that share less than half with the one before them, then the others."""
+    waves: tuple[list[int], list[int]] = [], []
+    before: list[int] = []
+    for number in numbers:
+        prompt = prompts[number]
+        half = len(prompt) // 2
+        waves[prompt[:half] == before[:half]].append(number)
+        before = prompt
+    return waves
 
 
 def _require_sound(output: RequestOutput) -> None:

@@ -119,9 +119,7 @@ def test_the_only_adapter_answers_and_one_of_several_is_chosen(adapters: dict[st
     assert expected["first"] != expected["second"]
 
 
-def test_a_conversation_is_with_the_adapter(
-    adapters: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversation_is_with_the_adapter(adapters: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(adapters["first"])
     llm = LLM("reference", mode="exact", kv_cache_memory=8 << 20, lora={"tales": folder})
     expected = llm.chat([{"role": "user", "content": "Tom had 3 apples."}], max_tokens=8, temperature=0, lora="tales").text

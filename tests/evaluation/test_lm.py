@@ -14,6 +14,7 @@ import lm_eval.models.huggingface
 from lm_eval.api.instance import Instance
 
 from quantkit.checkpoint.source import resolve
+from quantkit.evaluation import lm
 from quantkit.evaluation.lm import EngineLM
 from quantkit.runtime.llm import LLM
 
@@ -48,17 +49,30 @@ def questions(folder: Path) -> list[tuple[str, str]]:
 def test_log_likelihoods_are_within_a_thousandth_a_token(folder: Path, ours: EngineLM, theirs: Any) -> None:
     pairs = questions(folder)
 
-    found, expected = (lm.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for lm in (ours, theirs))
+    found, expected = (each.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for each in (ours, theirs))
 
     for (_, continuation), (a, greedy_a), (b, greedy_b) in zip(pairs, found, expected, strict=True):
         assert abs(a - b) <= 1e-3 * len(ours.tok_encode(continuation)) and greedy_a == greedy_b
     assert ours.num_cut == 1
 
 
+def test_choices_of_one_token_have_the_same_likelihood_alone_and_beside_others(ours: EngineLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = instances("loglikelihood", [(f"Question {n}?\nAnswer:", f" {word}") for n in range(3) for word in ("A", "B", "the", "was", "C")])
+    together = ours.loglikelihood(pairs, disable_tqdm=True)
+
+    alone = [ours.loglikelihood([each], disable_tqdm=True)[0] for each in pairs]
+    monkeypatch.setattr(lm, "_LIKELY", 1)
+    apart = ours.loglikelihood(pairs, disable_tqdm=True)
+
+    for other in (alone, apart):
+        assert [value for value, _ in other] == pytest.approx([value for value, _ in together], abs=1e-4)
+        assert [is_greedy for _, is_greedy in other] == [is_greedy for _, is_greedy in together]
+
+
 def test_rolling_log_likelihoods_are_too(ours: EngineLM, theirs: Any) -> None:
     texts = [("Once upon a time there was a girl.",), ("The number of apples is three. " * 20,)]
 
-    found, expected = (lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True) for lm in (ours, theirs))
+    found, expected = (each.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True) for each in (ours, theirs))
 
     assert found == pytest.approx(expected, abs=0.05)
 
@@ -67,6 +81,6 @@ def test_generated_text_is_the_same(ours: EngineLM, theirs: Any) -> None:
     asked = [("Question: Tom has 3 apples and buys 2 more. How many apples?\nAnswer:", {"until": ["\n\n"], "max_gen_toks": 24}),
              ("Once upon a time", {"until": [".", "!"], "max_gen_toks": 30, "do_sample": False})]  # fmt: skip
 
-    found, expected = (lm.generate_until(instances("generate_until", asked), disable_tqdm=True) for lm in (ours, theirs))
+    found, expected = (each.generate_until(instances("generate_until", asked), disable_tqdm=True) for each in (ours, theirs))
 
     assert [text.strip() for text in found] == [text.strip() for text in expected]
