@@ -74,7 +74,7 @@ def compare_scores(baseline: Sequence[float], quantized: Sequence[float], *, see
     is_binary = bool(np.isin(b, (0, 1)).all() and np.isin(q, (0, 1)).all())
     means = _resampled_means(b, q, seed)
     low, high, p_value = _of_answers(b, q) if is_binary else _of_scores(b, q, means)
-    recovery = _recovery(b, q, means)
+    recovery = _recovery(b, q, means, (low, high))
     spread = math.sqrt(max(float(np.mean((q - b) ** 2)), 1 / len(b)) / len(b))  # as if at least one document had turned
     detectable = (stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)) * spread
     return PairedResult(len(b), float(b.mean()), float(q.mean()), float(q.mean() - b.mean()), low, high, p_value, *recovery, float(detectable))
@@ -102,12 +102,16 @@ def _of_scores(b: np.ndarray, q: np.ndarray, means: np.ndarray) -> tuple[float, 
     return float(low), float(high), (extreme + 1) / (_RESAMPLES + 1)
 
 
-def _recovery(b: np.ndarray, q: np.ndarray, means: np.ndarray) -> tuple[float | None, float | None, float | None]:
+def _recovery(
+    b: np.ndarray, q: np.ndarray, means: np.ndarray, difference: tuple[float, float]
+) -> tuple[float | None, float | None, float | None]:
+    """Quantized over baseline with its interval: the bootstrap's, and no narrower than that of the difference, which allows for what was not seen."""
     if b.mean() == 0:
         return None, None, None
     ratios = means[:, 1] / np.where(means[:, 0] == 0, np.nan, means[:, 0])
     low, high = np.nanquantile(ratios, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(q.mean() / b.mean()), float(low), float(high)
+    own = [1 + each / b.mean() for each in difference]
+    return float(q.mean() / b.mean()), float(min(low, own[0])), float(max(high, own[1]))
 
 
 def _resampled_means(b: np.ndarray, q: np.ndarray, seed: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+_BROKEN = "\ufffd"
 _TAIL = 8
 """Tokens of the prompt that decide how the first token is written, as with or without a space."""
 
@@ -23,6 +24,8 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._tail = list(prompt[-_TAIL:])
+        if self._decode(self._tail).endswith(_BROKEN):  # the stream would take the whole tail for part of a character that is to come
+            self._tail = []
         self._ids: list[int] = []
         self._stream = DecodeStream(ids=self._tail, skip_special_tokens=True)
         self._stop = tuple(stop)

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quantkit.errors import RequestError, did_you_mean
+from quantkit.errors import RequestError, TooLongError, did_you_mean
 from quantkit.models.device import find_device
 from quantkit.runtime.block_pool import BlockPool
 from quantkit.runtime.choosing import choose
@@ -39,6 +39,8 @@ from quantkit.runtime.speculation import DraftModel, NGram, Proposer, guess, gue
 
 _log = logging.getLogger("quantkit")
 _SEEDS = 1 << 63
+_LONG_TOKEN = 64
+"""Characters that one token may stand for, even of a text that the vocabulary does not know."""
 
 
 @dataclass(slots=True)
@@ -126,7 +128,19 @@ class Engine:
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise RequestError(f"{self.loaded.name} has no tokenizer, so prompts must be token ids")
+        self._require_short(prompt)
         return list(self.tokenizer(prompt)["input_ids"])
+
+    def _require_short(self, text: str) -> None:
+        """Before it is tokenized, which takes long for long texts: no token writes more characters than the longest one."""
+        most = self._longest_token * (self.scheduler.max_length + 1)
+        if len(text) > most:
+            reason = f"a text of {len(text):,} characters makes more tokens than the {self.scheduler.max_length:,} that fit"
+            raise TooLongError(f"{reason}; shorten it below {most:,} characters")
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(_LONG_TOKEN, *map(len, self.tokenizer.get_vocab()))
 
     def encode_chat(self, messages: Tokens[dict[str, str]]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn.
@@ -137,9 +151,11 @@ class Engine:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise RequestError(f"{self.loaded.name} has no chat template; give it a prompt as text")
         try:
-            return list(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+            text = str(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
         except Exception as error:  # templates raise what they like
             raise RequestError(f"the chat template of {self.loaded.name} does not take these messages: {error}") from error
+        self._require_short(text)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def add(
         self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "",
@@ -160,6 +176,8 @@ class Engine:
         if request_id in self._requests:
             raise RequestError(f"a request with the id {request_id!r} is running already; give another id")
         ids = self.encode(prompt)
+        if len(ids) > self.scheduler.max_length + 1:  # before it is looked at token by token, and copied for each continuation
+            raise TooLongError(f"a prompt of {len(ids):,} tokens is more than the {self.scheduler.max_length:,} that fit; shorten it")
         self._check(ids, params)
         params = self._bounded(params, len(ids))
         if params.structure is not None and matcher is None:

@@ -6,6 +6,7 @@ dense weight in memory beside what is kept. An unquantized model may be quantize
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from quantkit import ops
 from quantkit.allocator import give_back
 from quantkit.checkpoint.source import resolve
+from quantkit.checkpoint.weight_files import some
 from quantkit.core.scheme import Scheme
 from quantkit.errors import SourceError
 from quantkit.formats.kv_scales import KVScales, read_kv_scales
@@ -27,6 +29,8 @@ from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.runtime.attention import ATTENTION
 from quantkit.runtime.linear import PackedLinear
 from quantkit.runtime.quantization import quantize, require_unquantized, scheme_at_load
+
+_log = logging.getLogger("quantkit")
 
 
 @dataclass(eq=False, slots=True)
@@ -98,6 +102,10 @@ def load(
     at_load = {linear.path: scheme_at_load(quantization, linear.shape[1]) for linear in linears if quantization is not None}
     schemes = opened.schemes | {linear.name: at_load[linear.path] for linear in linears}
     kv_scales = read_kv_scales(opened, architecture)
+    unread = architecture.unplaced(opened.names)
+    if unread:
+        what = f"stores {len(unread)} tensors that its config's {config.model_type} has no place for"
+        _log.warning("%s %s, which are not loaded: %s", origin.name, what, some(unread))
     _fill(_Weights(architecture, opened, FileOrder(opened, architecture), at_load, mode, device))
     model = architecture.model
     model.set_attn_implementation(ATTENTION)

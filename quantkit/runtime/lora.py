@@ -23,6 +23,7 @@ from quantkit.runtime.loader import LoadedModel
 from quantkit.runtime.step import current
 
 _NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 _UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alpha_pattern", "layer_replication", "trainable_token_indices", "target_parameters")
 
 
@@ -102,6 +103,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{folder} is an adapter of type {kind}; LORA is run")
     if config.get("bias", "none") != "none":
         raise SourceError(f"{folder} adapts biases (bias is {config['bias']!r}); adapters with bias 'none' are run")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise SourceError(f"{folder} was made by {start}, which changes the base model's weights too; convert it to a plain LoRA with PEFT first")
     unsupported = [name for name in _UNSUPPORTED if config.get(name)]
     if unsupported:
         raise SourceError(f"{folder} uses {', '.join(unsupported)}, which is not run")

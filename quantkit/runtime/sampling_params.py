@@ -32,7 +32,7 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it.
         stop_token_ids: tokens that end it beside the model's own.
         ignore_eos: go on after the model's end of text.
-        seed: the same tokens for the same prompt, in exact mode whatever else runs (not while a draft model guesses ahead); None draws one.
+        seed: the same tokens for the same prompt, in exact mode whatever else runs; None draws one.
         n: independent continuations of the prompt.
         logprobs: report the chosen token's log-probability and so many of the most likely ones; None for none.
         prompt_logprobs: the same for every token of the prompt.
@@ -70,7 +70,7 @@ class SamplingParams:
         _within("top_p", self.top_p, 0, 1, above=True)
         _within("min_p", self.min_p, 0, 1)
         _within("typical_p", self.typical_p, 0, 1, above=True)
-        _within("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
         _within("n", self.n, 1, 1 if self.max_tokens == 0 else MAX_N, whole=True)

@@ -13,6 +13,7 @@ import torch
 
 from quantkit import ops
 from quantkit.errors import EngineError, SourceError, UsageError
+from quantkit.models.experts import SeparateExperts, is_fused
 from quantkit.models.tokenizer import load_tokenizer
 from quantkit.runtime.decoders import Decoder
 from quantkit.runtime.kv_cache import CacheLayout
@@ -26,12 +27,20 @@ _log = logging.getLogger("quantkit")
 
 
 def tokenizer_of(loaded: LoadedModel, options: EngineOptions) -> Any:
-    """The model's tokenizer, or None where the folder has none: token ids still work."""
+    """The model's tokenizer, or None where the folder has none: token ids still work.
+
+    Raises:
+        SourceError: it has more tokens than the model, added ones left out.
+    """
     try:
-        return load_tokenizer(loaded.folder, trust_remote_code=options.trust_remote_code)
+        tokenizer = load_tokenizer(loaded.folder, trust_remote_code=options.trust_remote_code)
     except SourceError as error:
         _log.warning("%s; prompts must be token ids", error)
         return None
+    if tokenizer.vocab_size > loaded.vocabulary:
+        sizes = f"has {tokenizer.vocab_size:,} tokens and the model {loaded.vocabulary:,}"
+        raise SourceError(f"the tokenizer of {loaded.name} {sizes}, so it is another model's; copy this model's own tokenizer files into the folder")
+    return tokenizer
 
 
 def context_of(loaded: LoadedModel, options: EngineOptions) -> int:
@@ -44,7 +53,11 @@ def end_of_text(loaded: LoadedModel, tokenizer: Any) -> frozenset[int]:
     """Every token that the model's files name as its end."""
     named = [_generation_config(loaded).get("eos_token_id"), getattr(loaded.config.get_text_config(), "eos_token_id", None)]
     named.append(getattr(tokenizer, "eos_token_id", None))
-    return frozenset(int(token) for each in named if each is not None for token in (each if isinstance(each, list | tuple) else [each]))
+    tokens = [token for each in named if each is not None for token in (each if isinstance(each, list | tuple) else [each])]
+    odd = next((token for token in tokens if type(token) is not int), None)
+    if odd is not None:
+        raise SourceError(f"{loaded.name} names {odd!r} as eos_token_id, which is no token id; mend config.json or generation_config.json")
+    return frozenset(tokens)
 
 
 def _generation_config(loaded: LoadedModel) -> dict[str, Any]:
@@ -69,6 +82,8 @@ def warn_where_inexact(loaded: LoadedModel, layout: CacheLayout, options: Engine
     heads = int(getattr(loaded.config.get_text_config(), "num_attention_heads", layout.shapes[0].heads))
     sizes = {(shape.dim, layout.block_size, heads, shape.heads) for shape in layout.shapes}
     reasons = {why for size in sizes if (why := ops.why_not_native_attention(loaded.device, *size, layout.dtype))}
+    if options.mode == "exact" and any(isinstance(module, SeparateExperts) or is_fused(module) for module in loaded.model.modules()):
+        _log.warning("exact mode: mixtures of experts multiply as many rows as are routed to each, so that last bits depend on the batch")
     if options.mode == "exact" and reasons:
         _log.warning("exact mode: attention runs on torch's operators (%s), whose last bits depend on the batch", "; ".join(sorted(reasons)))
 

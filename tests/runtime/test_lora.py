@@ -142,3 +142,11 @@ def test_unknown_adapters_are_answered_with_near_names(reference: Path, prompts:
     llm = LLM(str(reference), kv_cache_memory=8 << 20, lora=adapters)
     with pytest.raises(RequestError, match=r"no adapter 'frist' is loaded; did you mean 'first'\?"):
         llm.generate(prompts[0], lora="frist", max_tokens=1)
+
+
+def test_adapters_that_change_the_base_model_too_are_refused(reference: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+    folder = write_adapter(tmp_path / "pissa", model, ("q_proj",), init_lora_weights="pissa_niter_4")
+
+    with pytest.raises(SourceError, match="was made by pissa_niter_4, which changes the base model's weights too"):
+        LLM(str(reference), lora={"a": str(folder)}, kv_cache_memory=8 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.errors import EngineError, RequestError, SourceError
+from quantkit.errors import EngineError, RequestError, SourceError, TooLongError
 from quantkit.runtime.llm import LLM
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.sequence import Sequence
-from tests.conversion.conftest import save_tiny
+from tests.conversion.conftest import edit_config, save_tiny
 from tests.runtime.conftest import greedy_by_transformers
 
 EXACT = {"mode": "exact", "kv_cache_memory": 8 << 20}
@@ -171,3 +172,57 @@ def test_exact_mode_says_where_it_is_not(tmp_path: Path, caplog: pytest.LogCaptu
     LLM(str(save_tiny(tmp_path / "m", head_dim=12)), **EXACT)
 
     assert "exact mode: attention runs on torch's operators (heads of 12 values" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["Tom says: the secret is 42 \ufffd", "Hello 🎉"])
+def test_nothing_of_a_prompt_that_ends_in_a_broken_character_is_in_the_answer(text: str, reference: Path) -> None:
+    llm = LLM(str(reference), **EXACT)
+    prompt = llm.engine.encode(text)[: None if text.endswith("\ufffd") else -1]
+
+    (out,) = llm.generate([prompt], max_tokens=6, temperature=0, ignore_eos=True)
+
+    assert out.text == llm.engine.tokenizer.decode(out.completions[0].token_ids)
+
+
+def test_texts_and_ids_far_beyond_the_context_are_refused_before_they_are_looked_at(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(reference), **EXACT)
+    monkeypatch.setattr(llm.engine, "_check", lambda *_: pytest.fail("its ids were scanned"))
+    monkeypatch.setattr(type(llm.engine.tokenizer), "__call__", lambda *_, **__: pytest.fail("it was tokenized"))
+
+    with pytest.raises(TooLongError, match="a prompt of 5,000 tokens is more than the 1,024 that fit"):
+        llm.generate([[5] * 5000], n=100)
+    with pytest.raises(TooLongError, match="a text of 200,000 characters makes more tokens"):
+        llm.generate("a" * 200_000)
+    with pytest.raises(TooLongError, match="makes more tokens"):
+        llm.chat([{"role": "user", "content": "a" * 200_000}])
+
+
+def test_another_models_tokenizer_is_refused(reference: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(reference / name, folder / name)
+
+    with pytest.raises(SourceError, match=r"the tokenizer of .* has 4,096 tokens and the model \d+, so it is another model's"):
+        LLM(str(folder), **EXACT)
+
+
+def test_an_end_of_text_that_is_no_token_is_refused_in_words(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+
+    with pytest.raises(SourceError, match="'</s>' as eos_token_id"):
+        LLM(str(folder), **EXACT)
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = edit_config(save_tiny(tmp_path / "m"), num_hidden_layers=1)
+
+    LLM(str(folder), **EXACT)
+
+    assert "has no place for, which are not loaded: model.layers.1." in caplog.text
+
+
+def test_exact_mode_says_that_mixtures_of_experts_depend_on_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    LLM(str(save_tiny(tmp_path / "m", family="mixtral", num_local_experts=4, num_experts_per_tok=2)), **EXACT)
+
+    assert "mixtures of experts" in caplog.text

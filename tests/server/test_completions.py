@@ -89,6 +89,18 @@ def test_echo_gives_every_log_probability_as_a_harness_reads_it(server: Running,
         assert out.choices[0].text[offset:].startswith(token)
 
 
+def test_a_prompt_may_be_scored_alone(server: Running, llm: LLM) -> None:
+    settings = GREEDY | {"prompt": PROMPT, "echo": True, "logprobs": 1}
+    longer = server.openai.completions.create(**settings | {"max_tokens": 1}).choices[0]
+
+    out = server.openai.completions.create(**settings | {"max_tokens": 0})
+
+    assert out.choices[0].text == PROMPT and out.choices[0].finish_reason == "length" and out.usage.completion_tokens == 0
+    assert out.choices[0].logprobs.token_logprobs == longer.logprobs.token_logprobs[:-1]
+    streamed = [chunk.choices[0] for chunk in server.openai.completions.create(stream=True, **settings | {"max_tokens": 0})]
+    assert "".join(chunk.text for chunk in streamed) == PROMPT
+
+
 def test_an_echo_streams_whole(server: Running) -> None:
     settings = GREEDY | {"prompt": PROMPT, "echo": True, "logprobs": 0}
     whole = server.openai.completions.create(**settings).choices[0]

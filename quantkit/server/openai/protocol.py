@@ -149,7 +149,9 @@ class CompletionRequest(_Request):
     best_of: int | None = Field(None, ge=1, le=MAX_N)
 
     @model_validator(mode="after")
-    def _keeps_every_continuation(self) -> CompletionRequest:
+    def _can_be_answered(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not (self.echo and self.logprobs is not None):
+            raise ApiError(400, "max_tokens should be greater than or equal to 1; 0 only scores a prompt, with echo and logprobs", param="max_tokens")
         if self.best_of not in (None, self.n or 1):
             message = f"best_of is {self.best_of} and n is {self.n or 1}; choosing among more is not supported, so leave best_of out"
             raise ApiError(400, message, param="best_of")
