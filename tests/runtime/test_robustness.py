@@ -226,3 +226,9 @@ def test_exact_mode_says_that_mixtures_of_experts_depend_on_the_batch(tmp_path: 
     LLM(str(save_tiny(tmp_path / "m", family="mixtral", num_local_experts=4, num_experts_per_tok=2)), **EXACT)
 
     assert "mixtures of experts" in caplog.text
+
+
+def test_a_window_that_attention_does_not_ask_for_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    LLM(str(save_tiny(tmp_path / "m", family="phimoe", sliding_window=8, num_local_experts=2)), **EXACT)
+
+    assert "names a window of 8 tokens that its attention does not ask for" in caplog.text

@@ -51,9 +51,19 @@ def decoder_of(loaded: LoadedModel, mode: Mode, context: int) -> Decoder:
         SourceError: the model keeps something that cannot be paged.
     """
     probed = probe(loaded.model, loaded.vocabulary, context)
+    _warn_of_window(loaded, probed.layers)
     with running(Probe()):
         found = LeanDecoder.of(loaded.model, probed, mode)
     if isinstance(found, LeanDecoder):
         return found
     _log.info("%s runs through transformers' own code: %s", loaded.name, found)
     return ModelingCode(loaded, probed.layers)
+
+
+def _warn_of_window(loaded: LoadedModel, layers: list[AttentionFacts]) -> None:
+    """Some families (Phi-3.5-MoE) put their window into a mask alone, which is not seen here."""
+    text = loaded.config.get_text_config()
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    may_slide = isinstance(window, int) and (kinds is None or "sliding_attention" in kinds)
+    if may_slide and not any(facts.window for facts in layers):
+        _log.warning("%s names a window of %d tokens that its attention does not ask for; every token sees all before it", loaded.name, window)
