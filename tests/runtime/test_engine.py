@@ -174,7 +174,7 @@ def test_a_prompt_may_be_scored_alone_and_be_one_longer_than_the_context(cut: di
         llm.generate([5], max_tokens=0, prompt_logprobs=0)
     with pytest.raises(RequestError, match="max_tokens is 0"):
         llm.generate([5, 6], max_tokens=0)
-    with pytest.raises(RequestError, match="more than the context"):
+    with pytest.raises(RequestError, match="more than the 89 that fit"):
         llm.generate([5] * (len(prompt) + 1), max_tokens=0, prompt_logprobs=0)
 
 

@@ -213,8 +213,10 @@ def test_who_waits_behind_others_is_told_to_come_again(llm: LLM, monkeypatch: py
     slow, released = compiler(llm, 0.3), threading.Event()
     monkeypatch.setattr(Compiler, "_compiled", lambda self, structure: released.wait(20))
 
+    texts = ("first", "second", "third", "third")  # two threads compile; one caller of the third gives it up while the other waits
+    for text in texts[:2]:
+        slow._task(Structure("regex", text))
     with ThreadPoolExecutor(4) as pool:
-        texts = ("first", "second", "third", "third")  # two threads compile; one caller of the third gives it up while the other waits
         tasks = [pool.submit(slow.compile, Structure("regex", text)) for text in texts]
         errors = [task.exception() for task in tasks]
     released.set()
