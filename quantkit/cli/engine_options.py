@@ -23,7 +23,7 @@ _OPTIONS = (
     click.option("--context", type=click.IntRange(1), help=_CONTEXT_HELP),
     click.option("--draft", "speculation", help="Guess tokens ahead: ngram (from the text so far), or a smaller model with the same tokenizer."),
     click.option("--num-draft-tokens", type=click.IntRange(1), default=4, show_default=True, help="Tokens to guess ahead at most."),
-    click.option("--threads", type=click.IntRange(1), help="Threads on a CPU; its physical cores by default."),
+    click.option("--threads", type=click.IntRange(1, 1024), help="Threads on a CPU; its physical cores by default."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along."),
 )
 SCORING = (

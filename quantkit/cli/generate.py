@@ -36,9 +36,17 @@ def generate(source: str, prompt: str | None, chat: bool, adapter: str | None, *
     from quantkit.runtime.llm import LLM
 
     engine, sampling = split(options)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     llm = LLM(source, **engine)
     start = llm.chat_prompt([{"role": "user", "content": text}]) if chat else text
     for piece in llm.stream(start, lora=lora, structure=structure, **sampling):
         click.echo(piece, nl=False)
     click.echo()
+
+
+def _standard_input() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; give text") from error

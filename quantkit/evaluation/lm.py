@@ -159,7 +159,7 @@ class EngineLM(TemplateLM):
         numbers = {output.id: number for number, output in enumerate(outputs)}
         with tqdm(total=len(asked), desc=what, unit="request", disable=is_quiet) as bar:
             while engine.has_work:
-                for output, _ in engine.step():
+                for output in engine.step():
                     if output.is_finished:
                         _require_sound(output)
                         done(numbers[output.id], output)
@@ -182,7 +182,7 @@ def _beginnings_first(numbers: list[int], prompts: list[list[int]]) -> tuple[lis
 def _require_sound(output: RequestOutput) -> None:
     error = output.completions[0].error
     if error is not None:
-        raise EngineError(f"a request could not be answered: {error}")
+        raise EngineError(f"a request could not be answered: {error}") from error
 
 
 def _sampling(settings: dict[str, Any]) -> SamplingParams:

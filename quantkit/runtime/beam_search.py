@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from quantkit.errors import RequestError
 from quantkit.runtime.outputs import RequestOutput
-from quantkit.runtime.sampling_params import MAX_LOGPROBS, SamplingParams
+from quantkit.runtime.sampling_params import MAX_LOGPROBS, SamplingParams, require_number
 
 Generate = Callable[[list[list[int]], SamplingParams], list[RequestOutput]]
 
@@ -42,11 +42,11 @@ def beam_search(generate: Generate, prompt: list[int], *, width: int, max_tokens
     Raises:
         RequestError: the width or the number of tokens is not possible, or the model's logits are not finite.
     """
+    require_number("width", width, 1, None, whole=True)
+    require_number("length_penalty", length_penalty, -100, 100)
     num_wanted = max(2, 1 + len(eos)) * width
-    if width < 1 or num_wanted > MAX_LOGPROBS:
+    if num_wanted > MAX_LOGPROBS:
         raise RequestError(f"width is {width}; give at least 1 and at most {MAX_LOGPROBS // max(2, 1 + len(eos))}")
-    if max_tokens < 1:
-        raise RequestError(f"max_tokens is {max_tokens}; give at least 1")
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, logprobs=num_wanted)
     running, finished = [Beam((), 0.0, 0.0)], []
     for length in range(1, max_tokens + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quantkit.errors import EngineError, RequestError
 from quantkit.runtime.detokenizer import TextStream
 from quantkit.runtime.logits import SampleRequest
 from quantkit.runtime.matcher import Matcher
@@ -27,7 +28,6 @@ class Continuation:
     completion: Completion
     stream: TextStream | None
     matcher: Matcher | None
-    _news: str = ""
 
     def take(self, chosen: Sampled, *, eos: frozenset[int], longest: int) -> FinishReason | None:
         """Append a token; why it was the last, or None.
@@ -46,7 +46,7 @@ class Continuation:
             completion.stop_reason = None if is_end else chosen.token
             return "stop"
         if self.stream is not None:
-            self._show(self.stream.push(chosen.token, may_stop=may_stop))
+            self.stream.push(chosen.token, may_stop=may_stop)
             if self.stream.stopped_by is not None:
                 completion.stop_reason = self.stream.stopped_by
                 return "stop"
@@ -61,28 +61,25 @@ class Continuation:
         """It is over: what was held back of its text is shown."""
         self.completion.finish_reason = reason
         if self.stream is not None:
-            self._show(self.stream.finish())
+            self.completion.text = self.stream.finish()
 
-    def blame(self) -> None:
-        """Say why no token could be chosen."""
-        reason = _NOT_FINITE
-        if self.matcher is not None:
-            reason = f"no token is left: {self.matcher.error or f'the request bars all that its structure allows, or {reason}'}"
-        self.completion.error = reason
+    def blame(self, *, is_finite: bool) -> None:
+        """Say why no token could be chosen from logits that are finite, or are not."""
+        if is_finite:
+            reason = (self.matcher and self.matcher.error) or "what the request bars and what its structure allows leave none"
+            self.completion.error = RequestError(f"no token can follow: {reason}")
+        else:
+            self.completion.error = EngineError(_NOT_FINITE)
 
     def wish(self, eos: frozenset[int]) -> SampleRequest:
         """What it asks of its next token."""
         sequence, matcher = self.sequence, self.matcher
         return SampleRequest(sequence.params, sequence.prompt_view, sequence.output_view, sequence.seed, eos, matcher and matcher.allowed())
 
-    def news(self) -> str:
-        """The text since it was last asked."""
-        news, self._news = self._news, ""
-        return news
-
-    def _show(self, text: str) -> None:
-        self.completion.text += text
-        self._news += text
+    def catch_up(self) -> None:
+        """Write the text so far into the completion."""
+        if self.stream is not None:
+            self.completion.text = self.stream.catch_up()
 
 
 @dataclass(eq=False, slots=True)
@@ -91,7 +88,3 @@ class Tracked:
 
     output: RequestOutput
     continuations: list[Continuation]
-
-    def report(self) -> tuple[RequestOutput, dict[int, str]]:
-        """The output so far and each continuation's new text by index, where there is any."""
-        return self.output, {each.completion.index: news for each in self.continuations if (news := each.news())}

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 _BROKEN = "\ufffd"
 _TAIL = 8
 """Tokens of the prompt that decide how the first token is written, as with or without a space."""
+_AMID = 8
+"""Tokens that may have begun a character which is not whole yet."""
 
 
 class TextStream:
-    """The text of one continuation.
+    """The text of one continuation, made when it is asked for; where there are strings that stop it, with every token.
+
+    Text that was shown stays. So bytes of no character, which sentencepiece writes otherwise once it sees those behind them, can stand in the text of
+    one who looked early otherwise than in the text of all tokens at once.
 
     Args:
         tokenizer: a transformers tokenizer with a fast backend.
@@ -23,45 +26,52 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._tail = list(prompt[-_TAIL:])
-        if self._decode(self._tail).endswith(_BROKEN):  # the stream would take the whole tail for part of a character that is to come
-            self._tail = []
-        self._ids: list[int] = []
-        self._stream = DecodeStream(ids=self._tail, skip_special_tokens=True)
+        self._before = list(prompt[-_TAIL:])
+        self._pending: list[int] = []
         self._stop = tuple(stop)
         self._raw = ""
         self._shown = 0
         self.stopped_by: str | None = None
 
-    @property
-    def text(self) -> str:
-        """Everything that has been shown."""
+    def push(self, token: int, *, may_stop: bool = True) -> None:
+        """One more token; where it may not stop yet, stop strings are text like any other."""
+        self._pending.append(token)
+        if self._stop:
+            self._read()
+            if may_stop:
+                self._look_for_stop()
+            self._shown = max(self._shown, len(self._raw) - (self._held() if may_stop and not self.stopped_by else 0))
+
+    def catch_up(self) -> str:
+        """All text that is certain now."""
+        if not self._stop:
+            self._read()
+            self._shown = len(self._raw)
         return self._raw[: self._shown]
 
-    def push(self, token: int, *, may_stop: bool = True) -> str:
-        """The text that is certain now; where it may not stop yet, stop strings are text like any other."""
-        self._ids.append(token)
-        self._raw += self._decoded(token)
-        if not may_stop:
-            return self._show(len(self._raw))
-        self._look_for_stop()
-        return self._show(len(self._raw) - (0 if self.stopped_by else self._held()))
-
     def finish(self) -> str:
-        """The rest: what was held back for a stop string that did not come, and bytes that never became a character."""
+        """All of the text: with what was held back for a stop string that did not come, and bytes that never became a character."""
         if self.stopped_by is None:
-            whole = self._decode(self._tail + self._ids)[len(self._decode(self._tail)) :]
-            self._raw = whole if whole.startswith(self._raw) else self._raw
+            self._read(is_last=True)
             self._look_for_stop()
-        return self._show(len(self._raw))
+        return self._raw
 
-    def _decoded(self, token: int) -> str:
-        """What one more token adds. Bytes of no character can change how the ones before them are written; then it starts anew behind them."""
-        try:
-            return self._stream.step(self._backend, token) or ""
-        except Exception:  # tokenizers has no kind of its own for it
-            self._stream = DecodeStream(skip_special_tokens=True)
-            return self._stream.step(self._backend, token) or ""
+    def _read(self, *, is_last: bool = False) -> None:
+        """Append what the pending tokens add, but for the last of them that are part of a character."""
+        if not self._pending:
+            return
+        before, num_whole = self._decode(self._before), len(self._pending)
+        after = self._decode(self._before + self._pending)
+        while after.endswith(_BROKEN) and not is_last and len(self._pending) - num_whole < _AMID:
+            num_whole -= 1
+            if not num_whole:
+                return
+            after = self._decode(self._before + self._pending[:num_whole])
+        # A character that the prompt only begins is whole now.
+        new = after[_num_equal(before, after) if before.endswith(_BROKEN) else len(before) :]
+        self._raw += new
+        read, self._pending = self._pending[:num_whole], self._pending[num_whole:]
+        self._before = read if new else self._before + read  # tokens without a text of their own do not tell how the next is written
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
@@ -79,7 +89,7 @@ class TextStream:
         tail = self._raw[max(self._shown, len(self._raw) - longest) :] if longest else ""
         return next((len(tail) - i for i in range(len(tail)) if any(stop.startswith(tail[i:]) for stop in self._stop)), 0)
 
-    def _show(self, until: int) -> str:
-        new = self._raw[self._shown : until]
-        self._shown = max(self._shown, until)
-        return new
+
+def _num_equal(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -11,6 +11,8 @@ import random
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,21 +124,25 @@ class Engine:
         """The prompt's token ids, with what the tokenizer puts before a text.
 
         Raises:
-            RequestError: it is a text, and the model has no tokenizer.
+            RequestError: it is neither text nor ids, or it is a text and the model has no tokenizer.
         """
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            return _ids_of(prompt)
         if self.tokenizer is None:
             raise RequestError(f"{self.loaded.name} has no tokenizer, so prompts must be token ids")
-        self._require_short(prompt)
-        return list(self.tokenizer(prompt)["input_ids"])
+        return self._tokens(prompt)
 
-    def _require_short(self, text: str) -> None:
-        """Before it is tokenized, which takes long for long texts: no token writes more characters than the longest one."""
+    def _tokens(self, text: str, **settings: bool) -> list[int]:
+        """Long texts are refused before they are tokenized, which takes long: no token writes more characters than the longest one."""
         most = self._longest_token * (self.scheduler.max_length + 1)
         if len(text) > most:
             reason = f"a text of {len(text):,} characters makes more tokens than the {self.scheduler.max_length:,} that fit"
             raise TooLongError(f"{reason}; shorten it below {most:,} characters")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"character {error.start} of the text is {text[error.start]!r}, which is not Unicode text by itself") from error
+        return list(self.tokenizer(text, verbose=False, **settings)["input_ids"])
 
     @cached_property
     def _longest_token(self) -> int:
@@ -154,8 +160,7 @@ class Engine:
             text = str(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
         except Exception as error:  # templates raise what they like
             raise RequestError(f"the chat template of {self.loaded.name} does not take these messages: {error}") from error
-        self._require_short(text)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._tokens(text, add_special_tokens=False)
 
     def add(
         self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, request_id: str, priority: int = 0, tenant: str = "",
@@ -172,7 +177,8 @@ class Engine:
         """
         params = params or SamplingParams()
         if lora is not None and lora not in self.options.lora:
-            raise RequestError(f"no adapter {lora!r} is loaded; {did_you_mean(lora, self.options.lora)}")
+            hint = did_you_mean(lora, self.options.lora) if self.options.lora else "none is; name their folders when the model is loaded"
+            raise RequestError(f"no adapter {lora!r} is loaded; {hint}")
         if request_id in self._requests:
             raise RequestError(f"a request with the id {request_id!r} is running already; give another id")
         ids = self.encode(prompt)
@@ -211,8 +217,14 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def step(self) -> list[tuple[RequestOutput, dict[int, str]]]:
-        """One batch: the requests it brought forward, each with the new text of its continuations by index."""
+    def catch_up(self, request_id: str) -> None:
+        """Write the text of a request's tokens so far into its output, which else has it in the end; unknown ids are no error."""
+        tracked = self._requests.get(request_id)
+        for each in tracked.continuations if tracked else []:
+            each.catch_up()
+
+    def step(self) -> list[RequestOutput]:
+        """One batch: the requests it brought forward."""
         drafts = guess(self.proposer, self.scheduler) if self.proposer else {}
         batch = self.scheduler.schedule()
         if not batch.pieces:
@@ -229,27 +241,32 @@ class Engine:
             self._keep_prompt_logprobs(each, logits)
         ready = [each for each in wanted if each.piece.reaches_end and not each.piece.sequence.is_only_scored]
         chosen = choose(logits, ready, self._wish, drafts)
+        failed = {each.piece.sequence.id: _is_finite(logits[each.rows]) for each in ready if chosen[each.piece.sequence.id] is None}
         if self.proposer:
             settle(batch, drafts, chosen)
-        touched: dict[str, Tracked] = {}
+        touched: dict[str, RequestOutput] = {}
         for piece in batch.pieces:
-            tracked, _ = self._request_of[piece.sequence.id]
-            touched[tracked.output.id] = tracked
+            output = self._request_of[piece.sequence.id][0].output
+            touched[output.id] = output
             if piece.reaches_end and not piece.sequence.is_only_scored:
-                self._commit(piece, chosen)
+                self._commit(piece, chosen, failed)
             else:
                 self.scheduler.commit(piece, [])
                 if piece.reaches_end:
                     self._end_scored(piece.sequence)
-        return [tracked.report() for tracked in touched.values()]
+        return list(touched.values())
 
-    def _commit(self, piece: Piece, chosen: dict[str, list[Sampled] | None]) -> None:
-        """Commit a piece with the tokens chosen behind it; its siblings take theirs from the same logits."""
+    def _commit(self, piece: Piece, chosen: dict[str, list[Sampled] | None], failed: dict[str, bool]) -> None:
+        """Commit a piece with the tokens chosen behind it; its siblings take theirs from the same logits.
+
+        Args:
+            failed: sequences that nothing could be chosen for, and whether their logits are finite.
+        """
         sequence, siblings = piece.sequence, list(piece.sequence.siblings)
         own = chosen[sequence.id]
         if own is None:
             for each in (sequence, *siblings):
-                self._fail(each)
+                self._fail(each, is_finite=failed[sequence.id])
             return
         self.stats.num_drafted += len(piece.guesses)
         self.stats.num_accepted += len(own) - 1
@@ -270,7 +287,7 @@ class Engine:
         if all(each is None or math.isfinite(each.logprob) for each in output.prompt_logprobs or ()):
             self._end(sequence, "length")
         else:
-            self._fail(sequence)
+            self._fail(sequence, is_finite=False)
 
     def _count_cached(self, sequence: Sequence, output: RequestOutput) -> None:
         output.num_cached = sequence.num_cached or 0
@@ -286,9 +303,9 @@ class Engine:
         if reason is not None:
             self._end(sequence, reason)
 
-    def _fail(self, sequence: Sequence) -> None:
-        self.stats.num_not_finite += 1
-        self._request_of[sequence.id][1].blame()
+    def _fail(self, sequence: Sequence, *, is_finite: bool) -> None:
+        self.stats.num_not_finite += not is_finite
+        self._request_of[sequence.id][1].blame(is_finite=is_finite)
         self._end(sequence, "error")
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -333,3 +350,16 @@ class Engine:
         if params.max_tokens is not None:
             return params
         return replace(params, max_tokens=max(1, self.scheduler.max_length - num_prompt))
+
+
+def _ids_of(prompt: Any) -> list[int]:
+    try:
+        if isinstance(prompt, bytes | bytearray) or any(isinstance(token, bool) for token in prompt):
+            raise TypeError
+        return [index(token) for token in prompt]
+    except TypeError as error:
+        raise RequestError(f"the prompt is {repr(prompt)[:80]}; give a text, or token ids") from error
+
+
+def _is_finite(logits: Tensor) -> bool:
+    return bool(logits.amax(-1).isfinite().all())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
-from quantkit.errors import BusyError, EngineError
+from quantkit.errors import BusyError, EngineError, RequestError
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.matcher import Matcher
 from quantkit.runtime.outputs import RequestOutput
@@ -72,18 +72,23 @@ class EngineThread:
 
     async def submit(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int = 0, tenant: str = "", salt: str = "",
-        lora: str | None = None, matcher: Matcher | None = None,
+        lora: str | None = None, matcher: Matcher | None = None, is_live: bool = True,
     ) -> Stream:  # fmt: skip
         """Start generating for all of the prompts, given as token ids, or for none of them.
 
         Args:
             matcher: of the parameters' structure, compiled by the caller so that no step waits for it.
+            is_live: whether text is wanted as it comes; else the outputs have it in the end.
 
         Raises:
-            RequestError: the engine refuses a prompt or the parameters; BusyError: the queue is full, or the engine ends its work.
+            RequestError: there are more prompts than may wait, or the engine refuses one or the parameters.
+            BusyError: the queue is full, or the engine ends its work.
             EngineError: the engine is dead.
         """
-        stream = Stream(asyncio.get_running_loop(), self._cancel)
+        most = self.engine.options.max_waiting
+        if most is not None and len(prompts) > most:
+            raise RequestError(f"{len(prompts)} prompts at once are more than the {most} that may wait; send fewer")
+        stream = Stream(asyncio.get_running_loop(), self._cancel, is_live=is_live)
         start = partial(self.engine.add, params=params, priority=priority, tenant=tenant, salt=salt, lora=lora, matcher=matcher)
         add = partial(self._add, stream, prompts, start)
         with self._wake:
@@ -113,9 +118,9 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._take_jobs():
-                reports = self.engine.step() if self.engine.has_work else []
+                outputs = self.engine.step() if self.engine.has_work else []
                 self._publish()  # before anybody can ask about what they were told
-                self._tell(reports)
+                self._tell(outputs)
             self._die(BusyError, "the server shut down before this was done")
         except BaseException as error:  # whatever ends the thread, nobody may be left waiting
             _log.critical("the engine failed and takes no more requests", exc_info=error)
@@ -159,11 +164,13 @@ class EngineThread:
             self._stream_of.pop(output.id, None)
         self._close(stream)
 
-    def _tell(self, reports: list[tuple[RequestOutput, dict[int, str]]]) -> None:
+    def _tell(self, outputs: list[RequestOutput]) -> None:
         """Hand each caller what a step brought."""
-        for output, new_text in reports:
+        for output in outputs:
             stream, prompt = self._stream_of[output.id]
-            deltas = [d for c in output.completions if (d := stream.news(prompt, c, new_text.get(c.index, ""))) is not None]
+            if stream.is_live:
+                self.engine.catch_up(output.id)
+            deltas = [delta for each in output.completions if (delta := stream.news(prompt, each)) is not None]
             if output.is_finished:
                 del self._stream_of[output.id]
             if stream.is_finished:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import count
-from typing import Any
+from typing import Any, SupportsIndex
 
-from quantkit.errors import EngineError, RequestError, UsageError, did_you_mean
+from quantkit.errors import RequestError, UsageError, did_you_mean
 from quantkit.runtime.beam_search import Beam, beam_search
 from quantkit.runtime.detokenizer import TextStream
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.options import EngineOptions
 from quantkit.runtime.outputs import RequestOutput
-from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.sampling_params import SamplingParams, require_number
 
 Prompt = str | Sequence[int]
 
@@ -52,8 +52,7 @@ class LLM:
         outputs: list[RequestOutput] = []
         try:
             several = _several(prompts)
-            adapters = [lora] * len(several) if lora is None or isinstance(lora, str) else lora
-            for prompt, adapter in zip(several, adapters, strict=True):
+            for prompt, adapter in zip(several, _each(lora, len(several)), strict=True):
                 outputs.append(self.engine.add(prompt, params, request_id=f"request-{next(self._ids)}", lora=adapter))
             while not all(output.is_finished for output in outputs):
                 self.engine.step()
@@ -71,7 +70,7 @@ class LLM:
 
         Raises:
             RequestError: the prompt or a parameter cannot be served.
-            EngineError: the request failed on its way, such as by logits that are not finite.
+            EngineError: the request failed on its way, as by logits that are not finite.
         """
         output = self.engine.add(prompt, _params(params, settings), request_id=f"request-{next(self._ids)}", lora=lora)
         first, shown = output.completions[0], 0
@@ -79,11 +78,12 @@ class LLM:
             while not output.is_finished or shown < len(first.text):
                 if not output.is_finished:
                     self.engine.step()
+                    self.engine.catch_up(output.id)
                 if len(first.text) > shown:  # steps taken for others bring this one forward too
                     new, shown = first.text[shown:], len(first.text)
                     yield new
             if first.error:
-                raise EngineError(first.error)
+                raise first.error
         finally:
             self.engine.cancel(output.id)
 
@@ -95,6 +95,7 @@ class LLM:
         """
         engine = self.engine
         ids, longest = engine.encode(prompt), engine.scheduler.max_length
+        require_number("max_tokens", max_tokens, 1, None, whole=True)
         if len(ids) + max_tokens > longest:
             raise RequestError(f"{len(ids)} tokens of prompt and {max_tokens} to generate are more than the {longest} that fit; lower max_tokens")
         beams = beam_search(self.generate, ids, width=width, max_tokens=max_tokens, length_penalty=length_penalty, eos=engine.eos)
@@ -104,7 +105,9 @@ class LLM:
         if self.engine.tokenizer is None:
             return ""
         stream = TextStream(self.engine.tokenizer, prompt)
-        return "".join(stream.push(token) for token in beam.token_ids) + stream.finish()
+        for token in beam.token_ids:
+            stream.push(token)
+        return stream.finish()
 
     def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, **settings: Any) -> RequestOutput:
         """Answer a conversation through the model's own chat template."""
@@ -120,21 +123,27 @@ class LLM:
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if is_one else list(prompts)  # type: ignore[list-item]
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        return [prompts]  # type: ignore[list-item]
+    several = list(prompts)
+    is_one = bool(several) and isinstance(several[0], SupportsIndex) and not getattr(several[0], "ndim", 0)
+    return [several] if is_one else several  # type: ignore[list-item]
+
+
+def _each(lora: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """The adapter of each prompt."""
+    if lora is None or isinstance(lora, str):
+        return [lora] * count
+    adapters = list(lora) if isinstance(lora, Iterable) else [lora]
+    if len(adapters) != count or not all(isinstance(each, str | None) for each in adapters):
+        raise RequestError(f"lora is {lora!r}; give the name of an adapter, or one or None for each of the {count} prompts")
+    return adapters
 
 
 def _params(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
     if params is not None and settings:
         raise UsageError("give params or its fields as keywords, not both")
     _require_known("generate", settings, SamplingParams)
-    for name in ("stop", "bad_words"):
-        if name in settings:
-            settings[name] = (settings[name],) if isinstance(settings[name], str) else tuple(settings[name])
-    if "bad_words" in settings:
-        settings["bad_words"] = tuple(words if isinstance(words, str) else tuple(words) for words in settings["bad_words"])
-    if "stop_token_ids" in settings:
-        settings["stop_token_ids"] = frozenset(settings["stop_token_ids"])
     return params or SamplingParams(**settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from quantkit.errors import EngineError, RequestError
 from quantkit.runtime.sampler import TokenLogprobs
 from quantkit.runtime.sequence import FinishReason
 
@@ -13,9 +14,10 @@ class Completion:
     """One continuation.
 
     Attributes:
+        text: whole in the end; on the way as far as somebody asked for it (`Engine.catch_up`), so that nobody else waits for it.
         stop_reason: the string or token id that ended it; None for the model's own end of text or the length.
         logprobs: one entry a token, where they were asked for.
-        error: why it failed, where finish_reason is "error".
+        error: why it failed, where finish_reason is "error": by what was asked for, or by the model.
     """
 
     index: int
@@ -24,7 +26,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprobs] | None = None
-    error: str | None = None
+    error: RequestError | EngineError | None = None
 
 
 @dataclass(slots=True)

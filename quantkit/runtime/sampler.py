@@ -50,8 +50,9 @@ def sample(logits: Tensor, requests: list[SampleRequest]) -> list[Sampled | None
     tokens: list[int | None] = [None] * len(requests)
     for rows, group, scores, sound in _groups(logits, requests):
         greedy = group[0].params.is_greedy
-        uniforms = [] if greedy else [uniform(each.seed, len(each.output)) for each in group]
-        chosen = _argmax(scores) if greedy else _draw(distribution(scores, group), uniforms)
+        chosen = _argmax(scores) if greedy else _draw(distribution(scores, group), [uniform(each.seed, len(each.output)) for each in group])
+        if sound is None:
+            sound = scores.gather(1, chosen[:, None])[:, 0].isfinite().tolist()
         for row, token, is_sound in zip(rows, chosen.tolist(), sound, strict=True):
             tokens[row] = token if is_sound else None
     logprobs = _requested_logprobs(logits, requests, tokens)
@@ -78,7 +79,7 @@ def probabilities(logits: Tensor, requests: list[SampleRequest]) -> Tensor:
     result = torch.full_like(logits, torch.nan, dtype=torch.float32)
     for rows, group, scores, sound in _groups(logits, requests):
         chosen = torch.zeros_like(scores).scatter_(1, _argmax(scores)[:, None], 1) if group[0].params.is_greedy else distribution(scores, group)
-        is_sound = torch.tensor(sound, device=scores.device)
+        is_sound = torch.tensor(sound or _sound(scores), device=scores.device)
         result[rows] = chosen.masked_fill_(~is_sound[:, None], torch.nan)
     return result
 
@@ -139,22 +140,24 @@ def draft_uniform(seed: int, position: int) -> float:
     return uniform(seed, position, _DRAFT)
 
 
-def _groups(logits: Tensor, requests: list[SampleRequest]) -> Iterable[tuple[list[int], list[SampleRequest], Tensor, list[bool]]]:
-    """Sound rows with their requests, their changed logits and whether those are sound too, greedy ones apart.
+def _groups(logits: Tensor, requests: list[SampleRequest]) -> Iterable[tuple[list[int], list[SampleRequest], Tensor, list[bool] | None]]:
+    """Rows with their requests, their changed logits and whether those are sound before and after, greedy ones apart.
 
-    Logits that nobody changes are not copied where they are all of them.
+    Logits that nobody changes are not copied where they are all of them, nor looked through where the one that is chosen tells whether they are
+    sound: then None.
     """
     kinds: dict[tuple[bool, bool], list[int]] = {}
-    for row, (request, is_sound) in enumerate(zip(requests, _sound(logits), strict=True)):
-        if is_sound:
-            kinds.setdefault((request.params.is_greedy, request.changes_logits), []).append(row)
-    for (_, is_changed), rows in kinds.items():
+    for row, request in enumerate(requests):
+        kinds.setdefault((request.params.is_greedy, request.changes_logits), []).append(row)
+    for (is_greedy, is_changed), rows in kinds.items():
         group = [requests[row] for row in rows]
         scores = logits if len(rows) == len(requests) and not is_changed else logits[rows]
+        sound = None if is_greedy and not is_changed else _sound(scores)
         if is_changed:
             for row, request in zip(scores, group, strict=True):
                 change(row, request)
-        yield rows, group, scores, _sound(scores) if is_changed else [True] * len(rows)
+            sound = [before and after for before, after in zip(sound or (), _sound(scores), strict=True)]
+        yield rows, group, scores, sound
 
 
 def _sound(logits: Tensor) -> list[bool]:

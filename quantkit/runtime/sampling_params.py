@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from quantkit.errors import RequestError
 from quantkit.runtime.structure import Structure
@@ -63,33 +65,48 @@ class SamplingParams:
     structure: Structure | None = None
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None, optional=True, whole=True)
-        _within("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
-        _within("temperature", self.temperature, 0, 100)
-        _within("top_k", self.top_k, 0, None, whole=True)
-        _within("top_p", self.top_p, 0, 1, above=True)
-        _within("min_p", self.min_p, 0, 1)
-        _within("typical_p", self.typical_p, 0, 1, above=True)
-        _within("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        _within("presence_penalty", self.presence_penalty, -2, 2)
-        _within("frequency_penalty", self.frequency_penalty, -2, 2)
-        _within("n", self.n, 1, 1 if self.max_tokens == 0 else MAX_N, whole=True)
-        _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
-        _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
-        _within("prompt_logprobs_from", self.prompt_logprobs_from, 1, None, whole=True)
-        _within("seed", self.seed, -(2**63), 2**63 - 1, optional=True, whole=True)
-        ids = [*self.logit_bias, *self.stop_token_ids, *(token for words in self.bad_words for token in words)]
-        odd = next((token for token in ids if type(token) is not int), None)
-        if odd is not None:
-            raise RequestError(f"{odd!r} is no token id; logit_bias, stop_token_ids and bad_words take whole numbers")
+        self._collect()
+        require_number("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None, optional=True, whole=True)
+        require_number("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
+        require_number("temperature", self.temperature, 0, 100)
+        require_number("top_k", self.top_k, 0, None, whole=True)
+        require_number("top_p", self.top_p, 0, 1, above=True)
+        require_number("min_p", self.min_p, 0, 1)
+        require_number("typical_p", self.typical_p, 0, 1, above=True)
+        require_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        require_number("presence_penalty", self.presence_penalty, -2, 2)
+        require_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        require_number("n", self.n, 1, 1 if self.max_tokens == 0 else MAX_N, whole=True)
+        require_number("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
+        require_number("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True, whole=True)
+        require_number("prompt_logprobs_from", self.prompt_logprobs_from, 1, None, whole=True)
+        require_number("seed", self.seed, -(2**63), 2**63 - 1, optional=True, whole=True)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; give true or false")
+        if not isinstance(self.structure, Structure | None):
+            raise RequestError(f"structure is {self.structure!r}; give a Structure, such as Structure('regex', '[0-9]+')")
         for token, bias in self.logit_bias.items():
-            _within(f"logit_bias[{token}]", bias, -100, 100)
+            require_number(f"logit_bias[{token}]", bias, -100, 100)
         if len(self.stop) > MAX_STOPS:
             raise RequestError(f"stop holds {len(self.stop)} strings; give at most {MAX_STOPS}")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise RequestError(f"stop is {self.stop!r}; give strings that are not empty")
         if any(not words for words in self.bad_words):
             raise RequestError("bad_words holds an empty sequence; give at least one token id each")
+
+    def _collect(self) -> None:
+        """Take any collection for those of several, and one string for `stop`."""
+        if not isinstance(self.logit_bias, dict):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}; give a dict of numbers by token id")
+        stop = (self.stop,) if isinstance(self.stop, str) else _collected("stop", self.stop, "a string, or several")
+        ending = _collected("stop_token_ids", self.stop_token_ids, "token ids")
+        kind = "sequences of token ids"
+        bad = [_collected("bad_words", words, kind) for words in _collected("bad_words", self.bad_words, kind)]
+        odd = [token for token in (*self.logit_bias, *ending, *(token for words in bad for token in words)) if type(token) is not int]
+        if odd:
+            raise RequestError(f"{odd[0]!r} is no token id; logit_bias, stop_token_ids and bad_words take whole numbers")
+        for name, value in (("stop", stop), ("stop_token_ids", frozenset(ending)), ("bad_words", tuple(bad))):
+            object.__setattr__(self, name, value)
 
     @property
     def is_greedy(self) -> bool:
@@ -100,7 +117,13 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def _within(
+def _collected(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} is {value!r}; give {wanted}")
+    return tuple(value)
+
+
+def require_number(
     name: str, value: float | None, low: float, high: float | None, *, optional: bool = False, above: bool = False, whole: bool = False
 ) -> None:
     """Raises RequestError unless the value is a number, a whole one where asked, of the range; `above` leaves out the lower end."""

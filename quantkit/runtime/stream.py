@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quantkit.errors import EngineError, RequestError
 from quantkit.runtime.outputs import Completion, RequestOutput
 from quantkit.runtime.sampler import TokenLogprobs
 from quantkit.runtime.sequence import FinishReason
@@ -30,7 +31,7 @@ class Delta:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    error: str | None = None
+    error: RequestError | EngineError | None = None
 
 
 _News = list[Delta] | BaseException | None
@@ -40,15 +41,17 @@ class Stream:
     """An async iterator of deltas. The engine's thread writes, the event loop that made it reads.
 
     Attributes:
+        is_live: whether its deltas have text as it comes; else the last ones have it all.
         outputs: the requests by prompt. The engine fills them in ahead of the deltas; a prompt's log-probabilities are whole with its first delta.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[Stream], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[Stream], None], *, is_live: bool) -> None:
         self.outputs: list[RequestOutput] = []
+        self.is_live = is_live
         self._loop, self._cancel = loop, cancel
         self._arrived: asyncio.Queue[_News] = asyncio.Queue()
         self._ready: list[Delta] = []
-        self._num_told: dict[tuple[int, int], int] = {}
+        self._told: dict[tuple[int, int], tuple[int, int]] = {}  # tokens and characters
         self._ended: set[tuple[int, int]] = set()
         self._num_left: int | None = None
 
@@ -91,13 +94,14 @@ class Stream:
     def is_finished(self) -> bool:
         return len(self._ended) == sum(len(output.completions) for output in self.outputs)
 
-    def news(self, prompt: int, completion: Completion, text: str) -> Delta | None:
+    def news(self, prompt: int, completion: Completion) -> Delta | None:
         """What was not told yet of a continuation; None when there is nothing."""
         key = (prompt, completion.index)
-        told, known = self._num_told.get(key, 0), len(completion.token_ids)
+        (told, shown), known = self._told.get(key, (0, 0)), len(completion.token_ids)
+        text = completion.text[shown:]
         if key in self._ended or (told == known and not text and completion.finish_reason is None):
             return None
-        self._num_told[key] = known
+        self._told[key] = (known, shown + len(text))
         if completion.finish_reason is not None:
             self._ended.add(key)
         logprobs = None if completion.logprobs is None else completion.logprobs[told:known]

@@ -7,6 +7,7 @@ import time
 
 from starlette.requests import Request
 
+from quantkit.errors import EngineError
 from quantkit.runtime.outputs import RequestOutput
 from quantkit.runtime.stream import Delta, Stream
 from quantkit.server.errors import ApiError
@@ -35,11 +36,11 @@ class Generation:
         return self
 
     async def __anext__(self) -> Delta:
-        """Raises ApiError when a continuation fails, EngineError when the engine does."""
+        """Raises RequestError or ApiError when a continuation fails, by its request or by the model; EngineError when the engine does."""
         delta = await self._stream.__anext__()
         self._watch(delta)
         if delta.error is not None:
-            raise ApiError(500, delta.error, code="generation_failed")
+            raise ApiError(500, str(delta.error), code="generation_failed") if isinstance(delta.error, EngineError) else delta.error
         return delta
 
     async def finish(self, request: Request) -> list[RequestOutput] | None:

@@ -27,7 +27,7 @@ _COUNTERS = {
     "prefix_cache_queries": ("Tokens of prompts that were looked for in the prefix cache.", "num_prompt_tokens"),
     "prefix_cache_hits": ("Tokens of prompts that were found in it.", "num_cached_tokens"),
     "num_preemptions": ("Sequences that lost their blocks and were computed again.", "num_preemptions"),
-    "corrupted_requests": ("Continuations that failed because no token was left: logits not finite, or all of them barred.", "num_not_finite"),
+    "corrupted_requests": ("Continuations that failed by logits that were not finite.", "num_not_finite"),
     "spec_decode_num_draft_tokens": ("Tokens that were guessed ahead.", "num_drafted"),
     "spec_decode_num_accepted_tokens": ("Guessed tokens that held.", "num_accepted"),
 }

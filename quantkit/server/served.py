@@ -54,12 +54,13 @@ class Served:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
     async def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, started: float, *, model: str | None, form: Form | None
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, started: float, *, model: str | None, form: Form | None, is_live: bool
     ) -> Generation:
         """Raises ApiError, RequestError, EngineError: nothing was started."""
         matcher = None if form is None else await self._compiled(form)
         lora = model if model in self.adapters else None
-        return Generation(await self.thread.submit(prompts, params, lora=lora, matcher=matcher), self.metrics, started)
+        stream = await self.thread.submit(prompts, params, lora=lora, matcher=matcher, is_live=is_live)
+        return Generation(stream, self.metrics, started)
 
     async def _compiled(self, form: Form) -> Matcher:
         """Compiled beside the event loop and the engine, neither of which waits for it."""

@@ -128,3 +128,11 @@ def test_a_conversation_is_with_the_adapter(adapters: dict[str, Path], capsys: p
     code, out, err = run(capsys, "chat", "reference", "--mode", "exact", "--max-tokens", "8", "--temperature", "0", "--lora", f"tales={folder}")
 
     assert (code, out) == (0, expected + "\n") and err.startswith("reference with tales; KV cache")
+
+
+def test_input_that_is_no_text_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tom \xff")))
+
+    code, out, err = run(capsys, "generate", NOWHERE, "--prompt", "-")
+
+    assert (code, out) == (2, "") and "byte 4 is 0xff" in err

@@ -241,7 +241,7 @@ def test_logits_that_are_not_finite_fail_that_request_and_no_other(
     monkeypatch.setattr(llm.engine.runner, "forward", poisoned)
     good, bad = llm.generate(prompts[:2], max_tokens=6, temperature=0, ignore_eos=True)
 
-    assert bad.completions[0].finish_reason == "error" and "not finite" in bad.completions[0].error
+    assert bad.completions[0].finish_reason == "error" and "not finite" in str(bad.completions[0].error)
     assert len(good.completions[0].token_ids) == 6
     assert llm.engine.stats.num_not_finite == 1 and llm.engine.scheduler.pool.num_used == 0
 

@@ -54,6 +54,30 @@ def test_deltas_add_up_to_the_outputs(thread: EngineThread) -> None:
     assert is_clean(thread)
 
 
+def test_who_does_not_read_text_as_it_comes_has_it_in_the_end(thread: EngineThread) -> None:
+    async def both() -> list[list[Delta]]:
+        params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+        streams = [await thread.submit([[5, 6]], params, is_live=is_live) for is_live in (True, False)]
+        return [[delta async for delta in stream] for stream in streams]
+
+    live, late = asyncio.run(both())
+
+    assert sum(bool(delta.text) for delta in live) > 1
+    assert [delta.text for delta in late] == [""] * (len(late) - 1) + ["".join(delta.text for delta in live)]
+    assert [token for delta in late for token in delta.token_ids] == [token for delta in live for token in delta.token_ids]
+
+
+def test_more_prompts_than_may_wait_are_not_asked_to_come_again() -> None:
+    thread = EngineThread(new_engine(max_waiting=2))
+    try:
+        with pytest.raises(RequestError, match="3 prompts at once are more than the 2 that may wait") as refused:
+            asyncio.run(read(thread, [[5]] * 3, LONG))
+        assert not isinstance(refused.value, BusyError) and is_clean(thread)
+        assert len(asyncio.run(read(thread, [[5]] * 2, SamplingParams(max_tokens=2)))[1]) == 2
+    finally:
+        thread.stop()
+
+
 def test_callers_of_several_loops_are_served_together(thread: EngineThread) -> None:
     alone = [asyncio.run(read(thread, [[token]], SamplingParams(max_tokens=6, temperature=0)))[1][0].text for token in (50, 60)]
 

@@ -157,26 +157,28 @@ def test_what_cannot_be_is_refused_in_words_and_the_engine_goes_on(case: str, ll
 
 
 def fails_alone(llm: LLM, params: SamplingParams) -> str:
-    """The error of a request that fails while another beside it ends well."""
+    """The error of a request that fails, by what it asks for, while another beside it ends well."""
+    num_damaged = llm.engine.stats.num_not_finite
     bad = llm.engine.add("Tell", params, request_id="bad")
     good = llm.engine.add("Tell", SamplingParams(max_tokens=3, ignore_eos=True), request_id="good")
     while llm.engine.has_work:
         llm.engine.step()
     assert len(good.completions[0].token_ids) == 3
-    return bad.completions[0].error or ""
+    assert isinstance(bad.completions[0].error, RequestError) and llm.engine.stats.num_not_finite == num_damaged
+    return str(bad.completions[0].error)
 
 
 def test_settings_that_bar_all_that_is_allowed_fail_that_request_alone(llm: LLM) -> None:
     yes = llm.engine.compiler.compile(Structure("regex", "yes")).allowed().nonzero()[:, 0].tolist()
     params = SamplingParams(structure=Structure("regex", "yes"), bad_words=tuple((token,) for token in yes))
 
-    assert "no token is left: the request bars all that its structure allows" in fails_alone(llm, params)
+    assert "what the request bars and what its structure allows leave none" in fails_alone(llm, params)
 
 
 def test_what_grows_too_large_on_the_way_fails_that_request_alone(llm: LLM) -> None:
     schema = {"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(1800)}}
 
-    assert "no token is left: Parser Error" in fails_alone(llm, SamplingParams(structure=Structure.schema(schema), max_tokens=20))
+    assert "no token can follow: Parser Error" in fails_alone(llm, SamplingParams(structure=Structure.schema(schema), max_tokens=20))
 
 
 def test_thousands_of_rules_within_rules_break_no_stack(llm: LLM) -> None:

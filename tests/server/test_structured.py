@@ -227,7 +227,7 @@ def test_what_grows_too_large_on_the_way_fails_that_request_alone(server: Runnin
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(server.openai.completions.create, **TEXT | {"max_tokens": 20})
-        with pytest.raises(openai.InternalServerError, match="no token is left"):
+        with pytest.raises(openai.BadRequestError, match="no token can follow"):
             server.openai.completions.create(**TEXT, extra_body={"response_format": named(schema)})
 
     assert other.result().choices[0].text and server.thread.is_alive

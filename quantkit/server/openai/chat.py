@@ -27,7 +27,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     served: Served = request.app.state.served
     answer, params = _Answer(body, served), body.params()
     prompt = await served.tokenize(lambda: served.thread.engine.encode_chat([message.turn for message in body.messages]))
-    generation = await served.generate([prompt], params, started, model=body.model, form=body.form)
+    generation = await served.generate([prompt], params, started, model=body.model, form=body.form, is_live=bool(body.stream))
     return await respond(request, generation, answer, stream=bool(body.stream))
 
 

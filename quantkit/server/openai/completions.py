@@ -27,7 +27,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     served: Served = request.app.state.served
     answer, params = _Answer(body, served), body.params()
     prompts = await served.tokenize(lambda: [served.thread.engine.encode(prompt) for prompt in body.prompt])
-    generation = await served.generate(prompts, params, started, model=body.model, form=body.form)
+    generation = await served.generate(prompts, params, started, model=body.model, form=body.form, is_live=bool(body.stream))
     return await respond(request, generation, answer, stream=bool(body.stream))
 
 
