@@ -29,6 +29,7 @@ Linear = Callable[[Tensor], Tensor]
 """[M, K] to [M, N]; bias not included."""
 
 store_kv = reference.store_kv
+in_tiles = invariant_linear.in_tiles
 
 
 def dense_linear(weight: Tensor, mode: Mode) -> Linear:

@@ -47,6 +47,8 @@ class Block:
     linears: list[Linear]
     left_alone: dict[str, str]
     """Matrices that are not Linears, or must not be quantized, by checkpoint name, with the reason."""
+    routers: list[str]
+    """Paths of the modules that score experts, Linears or not."""
 
 
 @dataclass(eq=False, slots=True)
@@ -159,9 +161,11 @@ def _block(path: str, module: nn.Module, stored: StoredNames) -> Block:
                 module.set_submodule(sub, separate(fused))
             else:
                 left_alone[f"{path}.{sub}"] = f"{type(fused).__name__}, whose matrices are fused in a layout that is not taken apart"
-    linears = []
+    linears, routers = [], []
     for sub, part in module.named_modules():
         at = f"{path}.{sub}" if sub else path
+        if _is_router(sub, module):
+            routers.append(at)
         if not isinstance(part, nn.Linear | Conv1D):
             if at not in left_alone:
                 left_alone |= _matrices(at, part)
@@ -172,7 +176,7 @@ def _block(path: str, module: nn.Module, stored: StoredNames) -> Block:
             linears.append(linear)
         else:
             left_alone[linear.name] = why
-    return Block(path, module, linears, left_alone)
+    return Block(path, module, linears, left_alone, routers)
 
 
 def _matrices(path: str, module: nn.Module) -> dict[str, str]:
@@ -203,6 +207,6 @@ def _why_not(sub: str, block: nn.Module, linear: Linear, stored: StoredNames) ->
 
 
 def _is_router(sub: str, block: nn.Module) -> bool:
-    """A Linear beside experts that scores them."""
+    """A module beside experts that scores them."""
     parent, _, leaf = sub.rpartition(".")
     return leaf in ("gate", "router", "shared_expert_gate") and any(name == "experts" for name, _ in block.get_submodule(parent).named_children())

@@ -124,7 +124,7 @@ def _fill(weights: _Weights) -> None:
     architecture, opened, mode, device = weights.architecture, weights.opened, weights.mode, weights.device
     model, stored = architecture.model, architecture.stored
     embedding = model.get_input_embeddings()
-    routers = {path for block in architecture.blocks for path, why in block.left_alone.items() if why == "router of experts"}
+    routers = {path for block in architecture.blocks for path in block.routers}
     tied = []
     for path, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D):  # a class derived from them may do more than multiply
@@ -135,6 +135,8 @@ def _fill(weights: _Weights) -> None:
                 model.set_submodule(path, _packed(path, module, weights, own_mode))
                 give_back()
             continue
+        if path in routers and mode == "exact" and device.type == "cpu":
+            module.forward = ops.in_tiles(module.forward)
         dtype = opened.dtype if module is embedding and mode != "exact" else torch.float32
         for name, parameter in [*module.named_parameters(path, recurse=False), *_persistent_buffers(path, module)]:
             if parameter.device.type == "meta" or stored.sources(name):

@@ -13,7 +13,7 @@ import torch
 
 from quantkit import ops
 from quantkit.errors import EngineError, SourceError, UsageError
-from quantkit.models.experts import SeparateExperts, is_fused
+from quantkit.models.experts import is_fused
 from quantkit.models.tokenizer import load_tokenizer
 from quantkit.runtime.decoders import Decoder
 from quantkit.runtime.kv_cache import CacheLayout
@@ -82,8 +82,8 @@ def warn_where_inexact(loaded: LoadedModel, layout: CacheLayout, options: Engine
     heads = int(getattr(loaded.config.get_text_config(), "num_attention_heads", layout.shapes[0].heads))
     sizes = {(shape.dim, layout.block_size, heads, shape.heads) for shape in layout.shapes}
     reasons = {why for size in sizes if (why := ops.why_not_native_attention(loaded.device, *size, layout.dtype))}
-    if options.mode == "exact" and any(isinstance(module, SeparateExperts) or is_fused(module) for module in loaded.model.modules()):
-        _log.warning("exact mode: mixtures of experts multiply as many rows as are routed to each, so that last bits depend on the batch")
+    if options.mode == "exact" and any(is_fused(module) for module in loaded.model.modules()):
+        _log.warning("exact mode: fused experts multiply as many rows as are routed to each, so that last bits depend on the batch")
     if options.mode == "exact" and reasons:
         _log.warning("exact mode: attention runs on torch's operators (%s), whose last bits depend on the batch", "; ".join(sorted(reasons)))
 

@@ -111,6 +111,24 @@ def test_tokens_do_not_depend_on_how_the_work_is_cut_up(cut: str, reference: Pat
     assert llm.engine.scheduler.pool.num_used == 0
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"])
+def test_mixtures_give_the_same_bits_alone_and_among_others(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {name: 8 for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    sizes |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    llm = engine(save_tiny(tmp_path, family=family, **sizes, **(latent if family == "deepseek_v3" else {})))
+    prompts = [[3 + (7 * i + 11 * row) % 90 for i in range(3 + 5 * row)] for row in range(6)]
+    settings: dict[str, Any] = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "logprobs": 3, "prompt_logprobs": 0}
+
+    together = llm.generate(prompts, **settings)
+
+    for prompt, found in zip(prompts, together, strict=True):
+        (alone,) = engine(tmp_path).generate([prompt], **settings)
+        assert alone.prompt_logprobs == found.prompt_logprobs
+        assert alone.completions[0].logprobs == found.completions[0].logprobs
+    assert "fused experts" not in caplog.text
+
+
 def test_tokens_do_not_depend_on_what_is_cached(reference: Path, prompts: list[list[int]], whole: list[list[int]]) -> None:
     llm = engine(reference, kv_cache_memory=64 << 20)
     first = greedy(llm, prompts[:NUM_PROMPTS], NUM_TOKENS)
