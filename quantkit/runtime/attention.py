@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -77,7 +78,13 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """As transformers calls it: query [1, heads, T, dim], key and value [1, kv_heads, T, dim]; answers [1, T, heads, dim]."""
+    """As transformers calls it: query [1, heads, T, dim], key and value [1, kv_heads, T, dim]; answers [1, T, heads, dim].
+
+    The window is the mask's, as it is for transformers' own attention; some families pass one beside it that their masks do not have, or none.
+    """
+    window = _window_of(attention_mask)
+    if window is not None:
+        sliding_window, attention_mask = window, None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     facts = AttentionFacts(LayerShape(k.shape[1], k.shape[2]), v.shape[-1], scale, sliding_window or 0, softcap or 0.0, s_aux is not None)
@@ -88,5 +95,15 @@ def _attend(
     return context.attend(module, q, k, v, facts, attention_mask, others)[None], None
 
 
+def _mask(*args: Any, local_size: int | None = None, **others: Any) -> Tensor:
+    """In a mask's place, what it would let a token see: int64 [1, 1, 1, 1], the keys of its window, or 0 for all."""
+    return torch.full((1, 1, 1, 1), local_size or 0)
+
+
+def _window_of(mask: Tensor | None) -> int | None:
+    """What `_mask` put into it; None of a mask that is not its."""
+    return int(mask) if mask is not None and mask.dtype == torch.int64 and mask.numel() == 1 else None
+
+
 AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -222,13 +222,13 @@ def test_tensors_that_the_model_has_no_place_for_are_named(tmp_path: Path, caplo
     assert "has no place for, which are not loaded: model.layers.1." in caplog.text
 
 
-def test_exact_mode_says_that_mixtures_of_experts_depend_on_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    LLM(str(save_tiny(tmp_path / "m", family="mixtral", num_local_experts=4, num_experts_per_tok=2)), **EXACT)
+def test_exact_mode_says_that_experts_in_one_piece_depend_on_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    LLM(str(save_tiny(tmp_path / "m", family="gpt_oss", num_local_experts=4, num_experts_per_tok=2)), **EXACT)
 
-    assert "mixtures of experts" in caplog.text
+    assert "exact mode: fused experts" in caplog.text
 
 
-def test_a_window_that_attention_does_not_ask_for_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    LLM(str(save_tiny(tmp_path / "m", family="phimoe", sliding_window=8, num_local_experts=2)), **EXACT)
+def test_a_window_that_the_models_own_code_does_not_apply_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    LLM(str(save_tiny(tmp_path / "m", family="olmoe", sliding_window=8, num_experts=4, num_experts_per_tok=2)), **EXACT)
 
-    assert "names a window of 8 tokens that its attention does not ask for" in caplog.text
+    assert "names a window of 8 tokens that transformers' code for it does not apply" in caplog.text

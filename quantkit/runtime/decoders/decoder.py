@@ -61,9 +61,9 @@ def decoder_of(loaded: LoadedModel, mode: Mode, context: int) -> Decoder:
 
 
 def _warn_of_window(loaded: LoadedModel, layers: list[AttentionFacts]) -> None:
-    """Some families (Phi-3.5-MoE) put their window into a mask alone, which is not seen here."""
+    """Some families name one that their code in transformers has no mask for, such as OLMoE."""
     text = loaded.config.get_text_config()
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
     may_slide = isinstance(window, int) and (kinds is None or "sliding_attention" in kinds)
     if may_slide and not any(facts.window for facts in layers):
-        _log.warning("%s names a window of %d tokens that its attention does not ask for; every token sees all before it", loaded.name, window)
+        _log.warning("%s names a window of %d tokens that transformers' code for it does not apply; every token sees all before it", loaded.name, window)
