@@ -56,7 +56,7 @@ class StoredNames:
     """
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        self._model = model
+        self._model, self._built = model, _AsBuilt(model)
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._stored: dict[str, str] = {}
         self._made: dict[str, Conversion] = {}
@@ -110,7 +110,7 @@ class StoredNames:
         converter = deepcopy(conversion.converter)
         for pattern, name in conversion.sources:
             converter.add_tensor(conversion.target, name, pattern, get(name))
-        made = converter.convert(conversion.target, model=self._model, config=self._model.config)[parameter]
+        made = converter.convert(conversion.target, model=self._built, config=self._model.config)[parameter]
         return made[0] if isinstance(made, list) else made
 
     def _in_tree(self, name: str, paths: set[str]) -> str:
@@ -129,6 +129,16 @@ class StoredNames:
             parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
             number = [part for part in renamed.split(".") if part.isdigit()][-1]
             self._stored[f"{owner}.{number}.{parts[converter.source_patterns.index(pattern)]}.weight"] = name
+
+
+class _AsBuilt:
+    """What conversions ask of a model, its parameters' shapes and types, as it was before any of its modules was replaced."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._parameters[name]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -32,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gpt_neox": {}, "phi": {}, "stablelm": {}, "cohere": {}, "olmo2": {}, "granite": {}, "starcoder2": {"sliding_window": 6},
     "phimoe": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "sarvam_moe": {"num_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 
