@@ -102,6 +102,23 @@ def latency(num_prompt: int, num_output: int, **setting: Any) -> None:
 
 
 @bench.command()
+@click.argument("source", default="reference")
+@click.option("--quantization", help="Quantize an unquantized model while it loads: int8 or w4.")
+@click.option("--tokens", "num_tokens", type=click.IntRange(1), default=4096, show_default=True, help="About how many tokens of text.")
+@click.option("--threads", type=click.IntRange(1, 1024), default=2, show_default=True)
+def modes(source: str, quantization: str | None, num_tokens: int, threads: int) -> None:
+    """What the modes `fast` and `int8` cost: KL divergence from the exact one over the same weights, on prose of the reference model."""
+    import torch
+
+    from quantkit.bench.modes import mode_costs
+
+    torch.set_num_threads(threads)
+    click.echo("| mode | tokens | KL, nats a token | same most likely token |\n|---|---|---|---|")
+    for found in mode_costs(source, quantization=quantization, num_tokens=num_tokens):
+        click.echo(f"| {found.mode} | {found.num_tokens:,} | {found.kl:.5f} | {found.same_top:.2%} |")
+
+
+@bench.command()
 @click.argument("source")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.option("--requests", "count", default=200, show_default=True, help="How many of the trace's requests.")
