@@ -2,8 +2,8 @@
 
 Three modes. "exact" computes in float32 from the weights as they are stored, and a token's result does not depend on what else is in the batch.
 "fast" takes the fastest kernel whose result is as near as 16-bit arithmetic is. "int8" gives up accuracy for prompts: quantized weights are rounded
-again to 8 bits a row and multiplied, as integers, by activations of 8 bits a token. On the reference model that costs a KL divergence of 0.0008 nats a
-token from the exact mode with 4-bit weights, 0.0006 with 8-bit ones, and fast mode 0.00006 (`quantkit bench modes`).
+again to 8 bits a row and multiplied, as integers, by activations of 8 bits a token. On the reference model that costs a KL divergence of 0.0008 nats
+a token from the exact mode with 4-bit weights, 0.0006 with 8-bit ones, and fast mode 0.00006 (`quantkit bench modes`).
 """
 
 from __future__ import annotations
