@@ -10,7 +10,9 @@ import click
 from quantkit.cli.eval_tasks import run_tasks, task_options
 from quantkit.errors import UsageError
 
-_METRICS = ("ppl", "kl", "top1")
+_METRICS = ("ppl", "kl", "top1", "position")
+_ON_REQUEST = ("greedy",)
+_MANY_TOKENS = 50_000
 _OF_METRICS = ("metrics", "text", "tokens", "seq_len", "max_tokens", "batch_size", "dtype")
 
 
@@ -21,15 +23,16 @@ def _metrics(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
         return None
     names = tuple(name.strip() for name in value.split(",") if name.strip())
     for name in names:
-        if name not in _METRICS:
-            raise UsageError(f"unknown metric {name!r}; {did_you_mean(name, _METRICS)}")
+        if name not in _METRICS + _ON_REQUEST:
+            raise UsageError(f"unknown metric {name!r}; {did_you_mean(name, _METRICS + _ON_REQUEST)}")
     return names or None
 
 
 @click.command("eval")
 @click.argument("model")
 @click.option("--baseline", metavar="SRC", help="The original: adds KL divergence and agreement on the same tokens.")
-@click.option("--metrics", callback=_metrics, metavar="LIST", help="Of ppl, kl, top1, separated by commas.  [default: all that can be had]")
+@click.option("--metrics", callback=_metrics, metavar="LIST", help="Of ppl, kl, top1, position, greedy (how long texts of both models stay the same),"
+              " separated by commas.  [default: all but greedy]")
 @click.option("--text", type=click.Path(path_type=Path), help="A text file, or .jsonl with a `text` a line.  [default: prose of the reference model]")
 @click.option("--tokens", type=click.Path(path_type=Path), help="A safetensors file with input_ids [rows, T], instead of a text.")
 @click.option("--seq-len", type=int, help="Tokens a row, BOS included.  [default: 512, or the model's context if that is less]")
@@ -66,12 +69,13 @@ def evaluate(
         _refuse(ctx, given & set(_OF_METRICS), "measures text, and --tasks or --suite answers tasks; leave one of them out")
         run_tasks(model, baseline, tasks, suite, as_json, options | {"device": device, "trust_remote_code": trust_remote_code})
         return
+    kept = {name: options.pop(name) for name in ("cache_dir", "is_fresh")}
     _refuse(ctx, given & set(options), "is about tasks; name them with --tasks or --suite")
     if baseline is None and metrics is not None and set(metrics) - {"ppl"}:
         raise UsageError(f"{', '.join(m for m in metrics if m != 'ppl')} compare with the original model; name it with --baseline")
     settings = {
         "text": text, "tokens": tokens, "seq_len": seq_len, "max_tokens": max_tokens or None, "batch_size": batch_size, "device": device,
-        "dtype": dtype, "trust_remote_code": trust_remote_code,
+        "dtype": dtype, "trust_remote_code": trust_remote_code, "with_continuations": "greedy" in (metrics or ()), **kept,
     }  # fmt: skip
     _run(model, baseline, metrics or _METRICS, as_json, settings)
 
@@ -88,7 +92,7 @@ def _run(model: str, baseline: str | None, metrics: tuple[str, ...], as_json: bo
 
     from quantkit.cli.block_progress import block_progress
     from quantkit.evaluation.evaluate import EvaluationOptions, evaluate
-    from quantkit.evaluation.report import divergence_lines, perplexity_lines
+    from quantkit.evaluation.report import continuation_lines, divergence_lines, perplexity_lines
 
     with block_progress() as progress:
         report = evaluate(model, baseline=baseline, options=EvaluationOptions(**settings), progress=progress)
@@ -99,4 +103,7 @@ def _run(model: str, baseline: str | None, metrics: tuple[str, ...], as_json: bo
     assert result is not None
     click.echo(f"{report.num_rows} rows of {report.seq_len} tokens of {report.measured_on}; {result.num_tokens} tokens counted\n")
     lines = divergence_lines(report.divergence, metrics) if report.divergence else perplexity_lines(report.perplexity)
+    if "kl" in metrics and report.divergence and result.num_tokens < _MANY_TOKENS:
+        click.echo(f"the 99.9% rest on {result.num_tokens // 1000} tokens; measure {_MANY_TOKENS:,} or more to rely on them", err=True)
+    lines += continuation_lines(report.continuations) if report.continuations else []
     click.echo("\n".join(lines))

@@ -20,6 +20,9 @@ from quantkit.errors import CheckpointError, UsageError
 _CHUNK = 1 << 23
 """Logits handled at once: temporaries stay below 200 MB whatever the batch and the vocabulary."""
 
+_FIRST_POSITIONS = 32
+"""Positions of the first part of the results by position."""
+
 _KL_PERCENTILES = {
     "maximum": 1.0, "99.9%": 0.999, "99.0%": 0.99, "95.0%": 0.95, "90.0%": 0.9, "median": 0.5,
     "10.0%": 0.1, "5.0%": 0.05, "1.0%": 0.01, "minimum": 0.0,
@@ -44,6 +47,21 @@ class PerplexityResult:
 
 
 @dataclass(frozen=True, slots=True)
+class PositionResult:
+    """The same at the positions [start, end) of their texts."""
+
+    start: int
+    end: int
+    num_tokens: int
+    ppl_baseline: float
+    ppl_quantized: float
+    ln_ppl_ratio: float
+    ln_ppl_ratio_se: float
+    kl_mean: float
+    kl_se: float
+
+
+@dataclass(frozen=True, slots=True)
 class DivergenceResult:
     """A quantized model against its baseline over the same tokens; `_se` is the standard error of the value before it.
 
@@ -54,6 +72,7 @@ class DivergenceResult:
         kl_mean: nats a token; `kl_percentiles` by name, "maximum" to "minimum".
         delta_p_mean: change of the right token's probability, as a share (llama-perplexity prints it in percent); `_rms` its root mean square.
         top1: share of tokens where both models find the same token likeliest.
+        by_position: from the beginnings of texts on, each part twice as long as the one before; empty where positions were not told.
     """
 
     num_tokens: int
@@ -78,6 +97,7 @@ class DivergenceResult:
     delta_p_percentiles: dict[str, float]
     top1: float
     top1_se: float
+    by_position: list[PositionResult] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not a number is None."""
@@ -104,24 +124,30 @@ class Perplexity:
 
 @dataclass(eq=False, slots=True)
 class Divergence:
-    """Collects what two models say of the same tokens, batch by batch; keeps 13 bytes a token."""
+    """Collects what two models say of the same tokens, batch by batch; keeps 21 bytes a token."""
 
     _nll_baseline: list[Tensor] = field(default_factory=list)
     _nll_quantized: list[Tensor] = field(default_factory=list)
     _kl: list[Tensor] = field(default_factory=list)
     _same_top: list[Tensor] = field(default_factory=list)
+    _positions: list[Tensor] = field(default_factory=list)
 
-    def add(self, baseline_logits: Tensor, quantized_logits: Tensor, targets: Tensor, counted: Tensor) -> None:
+    def add(
+        self, baseline_logits: Tensor, quantized_logits: Tensor, targets: Tensor, counted: Tensor, positions: Tensor | None = None
+    ) -> None:
         """Take a batch.
 
         Args:
             baseline_logits, quantized_logits: [..., V] of any float type, on one device.
             targets: int64 [...], the token that the logits at the same place predict.
             counted: bool [...]; the other places are not looked at.
+            positions: int64 [...], the places' own in their texts, for the results by position; in all batches or in none.
 
         Raises:
             CheckpointError: a model gives logits that are not finite; the message says which model.
         """
+        if positions is not None:
+            self._positions.append(positions.reshape(-1)[counted.reshape(-1)].cpu())
         for (base, quantized), target in _chunks(targets, counted, baseline_logits, quantized_logits):
             ln_p = _log_softmax(base, "the baseline model")
             ln_q = _log_softmax(quantized, "the quantized model")
@@ -157,6 +183,7 @@ class Divergence:
             delta_p_percentiles=percentiles(delta_p, _DELTA_P_PERCENTILES),
             top1=top1,
             top1_se=math.sqrt(top1 * (1 - top1) / (len(kl) - 1)) if len(kl) > 1 else math.nan,
+            by_position=_by_position(torch.cat(self._positions), kl, nll_baseline, nll_quantized) if self._positions else [],
         )
 
 
@@ -171,6 +198,19 @@ def percentiles(values: Tensor, fractions: dict[str, float]) -> dict[str, float]
     ordered = values.sort().values
     places = {name: fraction * (len(values) - 1) for name, fraction in fractions.items()}
     return {name: torch.lerp(ordered[math.floor(p)], ordered[math.ceil(p)], p - math.floor(p)).item() for name, p in places.items()}
+
+
+def _by_position(positions: Tensor, kl: Tensor, nll_baseline: Tensor, nll_quantized: Tensor) -> list[PositionResult]:
+    found, start, end = [], 0, _FIRST_POSITIONS
+    while start <= int(positions.max()):
+        here = (positions >= start) & (positions < end)
+        if here.any():
+            both = _perplexities(nll_baseline[here], nll_quantized[here])
+            kept = {name: both[name] for name in ("ppl_baseline", "ppl_quantized", "ln_ppl_ratio", "ln_ppl_ratio_se")}
+            kl_mean, kl_se = mean_and_error(kl[here])
+            found.append(PositionResult(start, end, int(here.sum()), **kept, kl_mean=kl_mean, kl_se=kl_se))
+        start, end = end, 2 * end
+    return found
 
 
 def _perplexities(nll_baseline: Tensor, nll_quantized: Tensor) -> dict[str, float]:
@@ -230,4 +270,6 @@ def _root(square: float) -> float:
 def _json_values(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _json_values(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_json_values(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

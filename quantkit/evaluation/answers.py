@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,12 +18,6 @@ from quantkit.errors import OutputError
 from quantkit.evaluation.lm import EngineLM
 
 Answer = tuple[float, bool] | float | str
-
-
-def default_folder() -> Path:
-    """QUANTKIT_CACHE, or quantkit's folder among the user's caches."""
-    base = os.environ.get("QUANTKIT_CACHE")
-    return (Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "quantkit").expanduser() / "answers"
 
 
 class AnswerFile:

@@ -9,16 +9,20 @@ from typing import Any
 
 import torch
 
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.source import resolve
 from quantkit.core.divergence import DivergenceResult, PerplexityResult
 from quantkit.errors import UsageError, did_you_mean
+from quantkit.evaluation.continuations import ContinuationResult, compare_continuations
+from quantkit.evaluation.kept_states import states_file
 from quantkit.evaluation.rows import default_text, rows_of_text, rows_of_tokens
 from quantkit.formats.streamed import open_streamed
 from quantkit.models.compare import Progress, StreamedModel, TokenRows, compare, perplexity
 from quantkit.models.device import find_device
 from quantkit.models.tokenizer import has_tokenizer, load_tokenizer
+from quantkit.paths import cache_folder
 
-METRICS = ("ppl", "kl", "top1")
+METRICS = ("ppl", "kl", "top1", "position", "greedy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,6 +38,9 @@ class EvaluationOptions:
         batch_size: rows that pass through a block at once.
         device: "auto" takes a GPU where there is one.
         dtype: the type in which blocks are computed.
+        with_continuations: let both models go on from the beginnings of the rows, too; each has to fit into memory.
+        cache_dir: where a baseline's states are kept; None for the user's cache.
+        is_fresh: compute them anew.
     """
 
     text: Path | None = None
@@ -43,6 +50,9 @@ class EvaluationOptions:
     batch_size: int = 8
     device: str = "auto"
     dtype: str = "float32"
+    with_continuations: bool = False
+    cache_dir: Path | None = None
+    is_fresh: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -70,12 +80,14 @@ class EvaluationReport:
     seconds: float
     perplexity: PerplexityResult | None = None
     divergence: DivergenceResult | None = None
+    continuations: ContinuationResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         head = {name: getattr(self, name) for name in ("model", "baseline", "measured_on", "num_rows", "seq_len", "seconds")}
         result = self.divergence or self.perplexity
         assert result is not None
-        return head | {"result": result.to_dict()}
+        continuations = {"continuations": self.continuations.to_dict()} if self.continuations else {}
+        return head | {"result": result.to_dict()} | continuations
 
 
 def evaluate(
@@ -96,12 +108,28 @@ def evaluate(
     base = _open(baseline, "the baseline model", options) if baseline else None
     rows, measured_on = _rows(model, baseline, quantized, options)
     settings = {"batch_size": options.batch_size, "device": device, "dtype": DTYPES[options.dtype], "progress": progress}
-    divergence = compare(base, quantized, rows, **settings) if base else None
+    divergence = compare(base, quantized, rows, **settings, kept=_kept(str(baseline), rows, options)) if base else None
     alone = perplexity(quantized, rows, **settings) if base is None else None
+    continuations = None
+    if options.with_continuations:
+        if baseline is None:
+            raise UsageError("continuations are compared with the original model's; name it with --baseline")
+        code = {"trust_remote_code": options.trust_remote_code}
+        continuations = compare_continuations(str(model), str(baseline), rows, device=options.device, **code)
     return EvaluationReport(
         model=str(model), baseline=str(baseline) if baseline else None, measured_on=measured_on, num_rows=len(rows.input_ids),
         seq_len=rows.input_ids.shape[1], seconds=round(time.monotonic() - started, 3), perplexity=alone, divergence=divergence,
+        continuations=continuations,
     )  # fmt: skip
+
+
+def _kept(baseline: str, rows: TokenRows, options: EvaluationOptions) -> Path:
+    reader = CheckpointReader(resolve(baseline, trust_remote_code=options.trust_remote_code).folder)
+    identity = f"{reader.fingerprint()} {find_device(options.device)}"
+    path = states_file(options.cache_dir or cache_folder("states"), identity, rows, DTYPES[options.dtype])
+    if options.is_fresh:
+        path.unlink(missing_ok=True)
+    return path
 
 
 def _open(model: str | Path, label: str, options: EvaluationOptions) -> StreamedModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from quantkit.core.divergence import DivergenceResult, PerplexityResult
+from quantkit.core.divergence import DivergenceResult, PerplexityResult, PositionResult
+from quantkit.evaluation.continuations import ContinuationResult
 
 
 def perplexity_lines(result: PerplexityResult) -> list[str]:
@@ -10,7 +11,7 @@ def perplexity_lines(result: PerplexityResult) -> list[str]:
 
 
 def divergence_lines(result: DivergenceResult, metrics: tuple[str, ...]) -> list[str]:
-    """The sections that are asked for: "ppl", "kl", "top1" (with the probability of the right token)."""
+    """The sections that are asked for: "ppl", "kl", "top1" (with the probability of the right token), "position"."""
     lines: list[str] = []
     if "ppl" in metrics:
         lines += ["====== Perplexity statistics ======", *_perplexity(result), ""]
@@ -19,6 +20,8 @@ def divergence_lines(result: DivergenceResult, metrics: tuple[str, ...]) -> list
         lines += [f"{_head(name)} KLD: {value:10.6f}" for name, value in result.kl_percentiles.items()] + [""]
     if "top1" in metrics:
         lines += ["====== Token probability statistics ======", *_probability(result), ""]
+    if "position" in metrics and len(result.by_position) > 1:
+        lines += ["====== By position in the text ======", *(_position(each) for each in result.by_position), ""]
     return lines[:-1]
 
 
@@ -40,6 +43,17 @@ def _probability(r: DivergenceResult) -> list[str]:
         f"RMS Δp    : {100 * r.delta_p_rms:6.3f} ± {100 * r.delta_p_rms_se:5.3f} %",
         f"Same top p: {100 * r.top1:6.3f} ± {100 * r.top1_se:5.3f} %",
     ]
+
+
+def continuation_lines(result: ContinuationResult) -> list[str]:
+    """How long texts of both models stay the same."""
+    head = ["", "====== Greedy continuations ======", f"Mean length of equal beginnings: {result.mean_same:.1f} of {result.length} tokens"]
+    return [*head, *(f"First {count:4d} tokens the same: {100 * share:6.2f}% of {result.num_prompts}" for count, share in result.agreement.items())]
+
+
+def _position(r: PositionResult) -> str:
+    ratio = f"ln(PPL(Q)/PPL(base)): {r.ln_ppl_ratio:10.6f} ± {r.ln_ppl_ratio_se:10.6f}"
+    return f"{r.start:6d} to {r.end - 1:6d}: KLD: {r.kl_mean:10.6f} ± {r.kl_se:10.6f}  {ratio}  ({r.num_tokens} tokens)"
 
 
 def _head(name: str) -> str:

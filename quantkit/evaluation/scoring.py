@@ -24,7 +24,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import Interrupted, UsageError, did_you_mean
 from quantkit.evaluation import results
-from quantkit.evaluation.answers import AnswerFile, RememberingLM, default_folder
+from quantkit.evaluation.answers import AnswerFile, RememberingLM
 from quantkit.evaluation.lm import EngineLM
 from quantkit.evaluation.paired import TaskRun, task_scores
 from quantkit.evaluation.suite import SuiteTask
@@ -32,6 +32,7 @@ from quantkit.evaluation.task_data import TaskData
 from quantkit.evaluation.tasks import OpenTasks, open_tasks
 from quantkit.models.device import find_device
 from quantkit.ops import Mode
+from quantkit.paths import cache_folder
 from quantkit.runtime.llm import LLM
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tiktoken.model", "chat_template.jinja",
@@ -144,7 +145,7 @@ def _remembering(source: str, fingerprint: str, engine: dict[str, Any], options:
         "model": fingerprint, **{"quantization": None, "kv_cache_dtype": "auto"}, **engine, "device": str(find_device(options.device)),
         **{name: getattr(versions, name) for name in ("quantkit", "torch", "transformers")},
     }  # fmt: skip
-    answers = AnswerFile(options.cache_dir or default_folder(), identity, is_fresh=options.is_fresh)
+    answers = AnswerFile(options.cache_dir or cache_folder("answers"), identity, is_fresh=options.is_fresh)
     return RememberingLM(lambda: EngineLM(LLM(source, **engine, trust_remote_code=options.trust_remote_code)), answers), answers
 
 

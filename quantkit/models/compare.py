@@ -6,11 +6,16 @@ tokens at a time. So the peak is one block, or two heads with a few tokens' logi
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit.core.divergence import Divergence, DivergenceResult, Perplexity, PerplexityResult
@@ -20,6 +25,7 @@ from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Architecture
 from quantkit.models.streaming import BlockRunner, Place, Weights, decoder_linears
 
+_log = logging.getLogger("quantkit")
 _LOGITS_AT_ONCE = 1 << 25
 """Values of one model's logits held at once: 128 MB in float32."""
 
@@ -94,12 +100,14 @@ def compare(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    kept: Path | None = None,
 ) -> DivergenceResult:
     """What the quantized model's distributions differ by from the baseline's.
 
     Args:
         batch_size: rows that pass through a block at once.
         dtype: the type in which blocks are computed; distributions are float32 whatever it is.
+        kept: a file for the baseline's last hidden states on these rows: read where it is there, else written.
 
     Raises:
         SourceError: a tensor is absent or of the wrong shape, a model cannot be run block by block, or the two have unlike vocabularies.
@@ -110,8 +118,9 @@ def compare(
     if sizes[0] != sizes[1]:
         raise SourceError(f"the baseline has {sizes[0]} tokens and the model {sizes[1]}: they are not the same model, so they cannot be compared")
     divergence = Divergence()
-    for (base, quant), at in _logits([baseline, quantized], rows, batch_size, device, dtype, progress):
-        divergence.add(base, quant, rows.targets[at].to(base.device), rows.counted[at].to(base.device))
+    for (base, quant), at in _logits([baseline, quantized], rows, batch_size, device, dtype, progress, kept):
+        places = (rows.targets[at], rows.counted[at], rows.position_ids[at])
+        divergence.add(base, quant, *(each.to(base.device) for each in places))
     return divergence.result()
 
 
@@ -140,11 +149,19 @@ def logit_places(shape: torch.Size, vocabulary: int, at_once: int = _LOGITS_AT_O
 
 
 def _logits(
-    models: list[StreamedModel], rows: TokenRows, batch_size: int, device: torch.device | str, dtype: torch.dtype, progress: Progress | None
-) -> Iterator[tuple[list[Tensor], Place]]:
-    """Every model's logits of the same few tokens, and which those are."""
+    models: list[StreamedModel], rows: TokenRows, batch_size: int, device: torch.device | str, dtype: torch.dtype, progress: Progress | None,
+    kept: Path | None = None,
+) -> Iterator[tuple[list[Tensor], Place]]:  # fmt: skip
+    """Every model's logits of the same few tokens, and which those are; `kept` is of the first model."""
     runners = [BlockRunner(model.architecture, device=device, dtype=dtype) for model in models]
-    hidden = [_last_hidden(model, runner, rows, batch_size, progress) for model, runner in zip(models, runners, strict=True)]
+    hidden = []
+    for model, runner in zip(models, runners, strict=True):
+        found = _read_states(kept, rows) if kept is not None and not hidden else None
+        if found is None:
+            found = _last_hidden(model, runner, rows, batch_size, progress)
+            if kept is not None and not hidden:
+                _write_states(kept, found)
+        hidden.append(found)
     for model, runner in zip(models, runners, strict=True):
         runner.load_outside(model.weights)
     vocabulary = models[0].vocabulary
@@ -180,6 +197,27 @@ def _last_hidden(model: StreamedModel, runner: BlockRunner, rows: TokenRows, bat
         if progress:
             progress(model.label, index + 1, len(blocks))
     return hidden
+
+
+def _read_states(kept: Path, rows: TokenRows) -> Tensor | None:
+    """What an earlier run left; None where there is nothing whole."""
+    try:
+        states = load_file(kept)["states"]
+        kept.touch()
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return states if states.shape[:2] == rows.input_ids.shape else None
+
+
+def _write_states(kept: Path, states: Tensor) -> None:
+    """Whole or not at all. A disk that is full costs the next run time, not this one its result."""
+    part = kept.with_suffix(f".{os.getpid()}")
+    try:
+        save_file({"states": states}, part)
+        part.replace(kept)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        _log.warning("the baseline's states could not be kept in %s, so the next run computes them again: %s", kept.parent, error)
 
 
 @contextmanager

@@ -83,6 +83,23 @@ def test_batches_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(divergence.kl_values) == whole.num_tokens
 
 
+def test_results_by_position_are_those_of_the_tokens_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence_module, "_FIRST_POSITIONS", 8)
+    base, quantized, targets, counted = two_models()
+    positions = torch.arange(LENGTH).expand(ROWS, LENGTH)
+
+    found = measured(base, quantized, targets, counted, positions).by_position
+
+    assert [(each.start, each.end) for each in found] == [(0, 8), (8, 16), (16, 32), (32, 64)]
+    for each in found:
+        here = counted & (positions >= each.start) & (positions < each.end)
+        alone = measured(base, quantized, targets, here)
+        assert each.num_tokens == alone.num_tokens == int(here.sum())
+        for name in ("kl_mean", "kl_se", "ppl_baseline", "ppl_quantized", "ln_ppl_ratio", "ln_ppl_ratio_se"):
+            assert getattr(each, name) == pytest.approx(getattr(alone, name), rel=1e-9)
+    assert json.loads(json.dumps(measured(base, quantized, targets, counted, positions).to_dict()))["by_position"][0]["start"] == 0
+
+
 def test_equal_models_differ_by_exactly_nothing() -> None:
     base, _, targets, counted = two_models()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ from transformers import AutoModelForCausalLM
 from quantkit.cli import main
 from quantkit.core.divergence import Perplexity
 from quantkit.errors import SourceError, UsageError
+from quantkit.evaluation import kept_states
+from quantkit.evaluation.continuations import agreement_of
 from quantkit.evaluation.evaluate import EvaluationOptions, evaluate
 from quantkit.evaluation.rows import rows_of_text
+from quantkit.models.compare import TokenRows
 from quantkit.models.tokenizer import load_tokenizer
+from tests.runtime.conftest import dequantized_model
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -78,3 +84,62 @@ CONTRADICTIONS = [{"text": Path("a"), "tokens": Path("b")}, {"tokens": Path("b")
 def test_options_that_cannot_be_meant_are_refused(settings: dict) -> None:
     with pytest.raises(UsageError):
         EvaluationOptions(**settings)
+
+
+def test_a_baselines_states_are_kept_and_give_the_same_numbers(peers: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = EvaluationOptions(text=text, seq_len=64, cache_dir=tmp_path / "kept")
+    told: list[str] = []
+
+    def watch(label: str, done: int, total: int) -> None:
+        told.append(label)
+
+    first = evaluate(peers / "gptq_b4_g128", baseline=peers / "tiny", options=options, progress=watch)
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert "the baseline model" in told
+    told.clear()
+
+    again = evaluate(peers / "gptq_b4_g128", baseline=peers / "tiny", options=options, progress=watch)
+    assert again.divergence == first.divergence and set(told) == {"the quantized model"}
+
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert evaluate(peers / "gptq_b4_g128", baseline=peers / "tiny", options=options).divergence == first.divergence
+    told.clear()
+    evaluate(peers / "gptq_b4_g128", baseline=peers / "tiny", options=replace(options, is_fresh=True), progress=watch)
+    assert "the baseline model" in told
+    evaluate(peers / "gptq_b4_g128", baseline=peers / "tiny", options=replace(options, seq_len=32))
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_what_is_kept_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_states, "MAX_BYTES", 250)
+    rows = TokenRows.of_texts(torch.zeros(1, 4, dtype=torch.int64))
+    for age, name in enumerate("abc"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"x" * 100)
+        os.utime(tmp_path / f"{name}.safetensors", (1000 - age, 1000 - age))
+
+    kept_states.states_file(tmp_path, "model", rows, torch.float32)
+
+    assert {path.stem for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_continuations_part_where_transformers_part(peers: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (str(peers / "gptq_b3_g128"), "--baseline", str(peers / "tiny"), "--text", str(text), "--seq-len", "40", "--metrics", "greedy")
+    code, out, _ = run(capsys, "eval", *arguments, "--json")
+    found = json.loads(out)["continuations"]
+    rows = rows_of_text(text, load_tokenizer(peers / "tiny"), context=512, seq_len=40).input_ids
+    texts = [[dequantized_model(peers / name).generate(row[None, :20], max_new_tokens=found["length"], do_sample=False, eos_token_id=None)[0, 20:].tolist()
+              for row in rows] for name in ("tiny", "gptq_b3_g128")]  # fmt: skip
+    same = [next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), found["length"]) for pair in zip(*texts, strict=True)]
+
+    assert code == 0 and found["num_prompts"] == len(rows)
+    assert found["mean_same"] == pytest.approx(sum(same) / len(same), abs=found["length"] / len(rows))
+    assert found["agreement"]["1"] >= found["agreement"]["4"] >= found["agreement"][str(found["length"])]
+
+
+def test_agreement_counts_equal_beginnings() -> None:
+    found = agreement_of([[1, 2, 3], [1, 2, 3], [4, 4, 4]], [[1, 2, 3], [1, 9, 3], [5, 4, 4]])
+
+    assert (found.num_prompts, found.length, found.mean_same) == (3, 3, (3 + 1 + 0) / 3)
+    assert found.agreement == {1: 2 / 3, 2: 1 / 3, 3: 1 / 3}
+    with pytest.raises(UsageError, match="one length"):
+        agreement_of([[1, 2]], [[1]])

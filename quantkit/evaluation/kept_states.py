@@ -1,0 +1,47 @@
+"""A baseline's last hidden states, kept between runs, so that a second quantization of the same model does not pass over its original again.
+
+Logits come of them by the model's own head, exactly; they are as much smaller on disk as the vocabulary is larger than the hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from quantkit.errors import OutputError
+from quantkit.models.compare import TokenRows
+
+MAX_BYTES = 8 << 30
+"""Of all that is kept; the oldest go."""
+
+
+def states_file(folder: Path, fingerprint: str, rows: TokenRows, dtype: torch.dtype) -> Path:
+    """Where the states of a model on rows are kept.
+
+    Args:
+        fingerprint: of the model's configuration and weights.
+        dtype: in which its blocks are computed.
+
+    Raises:
+        OutputError: nothing can be kept there.
+    """
+    digest = hashlib.sha256(f"{fingerprint} {dtype} {torch.__version__} {tuple(rows.input_ids.shape)}".encode())
+    for part in (rows.input_ids, rows.position_ids):
+        digest.update(part.contiguous().numpy().tobytes())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_room(folder)
+    except OSError as error:
+        raise OutputError(f"states cannot be kept in {folder}: {error.strerror}; name another folder with --cache-dir") from error
+    return folder / f"{digest.hexdigest()[:24]}.safetensors"
+
+
+def _make_room(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for path in files:
+        total += path.stat().st_size
+        if total > MAX_BYTES:
+            path.unlink(missing_ok=True)
