@@ -127,8 +127,9 @@ def test_continuations_part_where_transformers_part(peers: Path, text: Path, cap
     code, out, _ = run(capsys, "eval", *arguments, "--json")
     found = json.loads(out)["continuations"]
     rows = rows_of_text(text, load_tokenizer(peers / "tiny"), context=512, seq_len=40).input_ids
-    texts = [[dequantized_model(peers / name).generate(row[None, :20], max_new_tokens=found["length"], do_sample=False, eos_token_id=None)[0, 20:].tolist()
-              for row in rows] for name in ("tiny", "gptq_b3_g128")]  # fmt: skip
+    settings = {"max_new_tokens": found["length"], "do_sample": False, "eos_token_id": None}
+    models = [dequantized_model(peers / name) for name in ("tiny", "gptq_b3_g128")]
+    texts = [[model.generate(row[None, :20], **settings)[0, 20:].tolist() for row in rows] for model in models]
     same = [next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), found["length"]) for pair in zip(*texts, strict=True)]
 
     assert code == 0 and found["num_prompts"] == len(rows)
