@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "evaluation": {"runtime", "formats", "checkpoint", "models", "core"},
     "runtime": {"formats", "checkpoint", "models", "core"},
     "server": {"runtime"},
-    "bench": {"checkpoint", "runtime"},
-    "cli": {"server", "bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
+    "bench": {"checkpoint", "runtime", "evaluation"},
+    "report": {"bench", "evaluation", "conversion", "runtime", "formats", "checkpoint", "models", "core"},
+    "cli": {"report", "server", "bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -1,29 +1,22 @@
-"""The results file of `quantkit eval --tasks`: its schema, and reading and writing it. `evals/schemas/scores.json` is this, written out."""
+"""The results file of `quantkit eval --tasks`; `evals/schemas/scores.json` is its schema, written out."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 import quantkit
-from quantkit.errors import OutputError, UsageError
-
-SCHEMA_VERSION = 1
+from quantkit.evaluation.document import Document, Part
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Machine(_Part):
+class Machine(Part):
     system: str
     processor: str
     num_processors: int = Field(description="logical processors of the machine")
@@ -31,7 +24,7 @@ class Machine(_Part):
     gpu: str | None = None
 
 
-class Versions(_Part):
+class Versions(Part):
     quantkit: str
     torch: str
     transformers: str
@@ -39,7 +32,7 @@ class Versions(_Part):
     python: str
 
 
-class Settings(_Part):
+class Settings(Part):
     """How the models were run."""
 
     mode: str
@@ -50,7 +43,7 @@ class Settings(_Part):
     chat_template: bool
 
 
-class ScoredModel(_Part):
+class ScoredModel(Part):
     source: str
     fingerprint: str = Field(description="sha256 over configuration, tokenizer and samples of the weights")
     num_requests: int
@@ -59,12 +52,12 @@ class ScoredModel(_Part):
     seconds: float
 
 
-class Score(_Part):
+class Score(Part):
     value: float
     standard_error: float | None
 
 
-class Comparison(_Part):
+class Comparison(Part):
     """A paired comparison over the same documents, in the score's own unit; quantkit.evaluation.significance says how."""
 
     num_documents: int
@@ -82,7 +75,7 @@ class Comparison(_Part):
     verdict: str
 
 
-class TaskScore(_Part):
+class TaskScore(Part):
     """One metric of one task or group."""
 
     task: str
@@ -100,11 +93,14 @@ class TaskScore(_Part):
     comparison: Comparison | None = Field(description="null without a baseline, and for metrics that are not a mean over documents")
 
 
-class ScoreReport(_Part):
+class ScoreReport(Document):
     """What one run of `quantkit eval --tasks` found."""
 
+    WHAT: ClassVar[str] = "a results file of `quantkit eval --tasks`"
+    AGAIN: ClassVar[str] = "run the evaluation again (answers that are still kept are not asked for again)"
+
     kind: Literal["quantkit-scores"] = "quantkit-scores"
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     date: str = Field(description="ISO 8601, UTC")
     command: str
     machine: Machine
@@ -115,44 +111,6 @@ class ScoreReport(_Part):
     model: ScoredModel
     baseline: ScoredModel | None
     scores: list[TaskScore]
-
-    def write(self, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"results cannot be written to {path}: {error.strerror}") from error
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=1) + "\n"
-
-    @classmethod
-    def read(cls, path: Path) -> ScoreReport:
-        """A results file.
-
-        Raises:
-            UsageError: it cannot be read, or is not of this schema version.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"results file {path} cannot be read: {error}") from error
-        if not isinstance(content, dict) or content.get("kind") != "quantkit-scores":
-            raise UsageError(f"{path} is not a results file of `quantkit eval --tasks`")
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(
-                f"{path} has schema version {content.get('schema_version')}, this quantkit reads {SCHEMA_VERSION}; run the evaluation again "
-                "(answers that are still kept are not asked for again)"
-            )
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise UsageError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
-
-
-def schema() -> str:
-    return json.dumps(ScoreReport.model_json_schema(), indent=1) + "\n"
 
 
 def now() -> str:

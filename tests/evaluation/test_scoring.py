@@ -18,7 +18,7 @@ from quantkit.checkpoint.source import resolve
 from quantkit.errors import Interrupted, SourceError, UsageError
 from quantkit.evaluation import scoring, tasks
 from quantkit.evaluation.lm import EngineLM
-from quantkit.evaluation.results import ScoreReport, schema
+from quantkit.evaluation.results import ScoreReport
 from quantkit.evaluation.scoring import ScoringOptions, score
 from quantkit.evaluation.suite import Suite, SuiteTask
 from quantkit.evaluation.task_data import TaskData
@@ -204,7 +204,7 @@ def test_results_are_written_and_read_by_the_committed_schema(tmp_path: Path) ->
     report.write(tmp_path / "made" / "scores.json")
 
     content = json.loads((tmp_path / "made" / "scores.json").read_text())
-    assert committed == schema()
+    assert committed == ScoreReport.schema()
     jsonschema.validate(content, json.loads(committed))
     assert ScoreReport.read(tmp_path / "made" / "scores.json") == report
     assert content["schema_version"] == 1 and content["command"] == "quantkit eval reference" and content["versions"]["lm_eval"]

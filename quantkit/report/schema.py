@@ -1,0 +1,121 @@
+"""The report: what was found of any number of checkpoints of one model. `evals/schemas/report.json` is this, written out."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from quantkit.core.divergence import DivergenceResult
+from quantkit.evaluation.continuations import ContinuationResult
+from quantkit.evaluation.document import Document, Part
+from quantkit.evaluation.results import Machine, Settings, TaskScore, Versions
+
+
+class Provenance(Part):
+    """Where a figure comes from."""
+
+    date: str = Field(description="ISO 8601, UTC")
+    command: str
+    versions: Versions
+    machine: Machine
+
+
+class LayerError(Part):
+    name: str
+    scheme: str
+    error: float = Field(description="relative squared error, of the layer's output where data was seen, else of its weight")
+
+
+class Conversion(Part):
+    """What the checkpoint's own account says; only quantkit writes one."""
+
+    recipe: str
+    seconds: float
+    peak_memory_bytes: int
+    calibration: str | None
+    layers: list[LayerError]
+    versions: dict[str, str]
+
+
+class TextResult(Part):
+    """Next-token distributions against the baseline's on the same text."""
+
+    made: Provenance
+    measured_on: str
+    seq_len: int
+    result: DivergenceResult
+    continuations: ContinuationResult | None
+
+
+class TaskResult(Part):
+    """lm-eval's tasks, answered by both models."""
+
+    made: Provenance
+    suite: str | None
+    settings: Settings
+    is_partial_data: bool
+    scores: list[TaskScore]
+
+
+class LoadPoint(Part):
+    """Requests that came at once: the turn of median output."""
+
+    num_requests: int
+    output_rate: float = Field(description="tokens a second over all requests")
+    first_token_ms: float = Field(description="median over requests")
+    inter_token_ms: float
+    ratio: float = Field(description="output over the baseline's, median over turns of both")
+    ratio_low: float = Field(description="the lowest of any turn")
+    ratio_high: float
+
+
+class SpeedResult(Part):
+    """Speed in quantkit's runtime, in turns with the baseline."""
+
+    made: Provenance
+    mode: str
+    num_prompt: int = Field(description="tokens of each prompt")
+    num_output: int
+    turns: int
+    prompt_rate: float = Field(description="tokens a second of one long prompt")
+    loads: list[LoadPoint]
+    bytes_per_token: int = Field(description="weights that one token of one request reads")
+    bandwidth: float = Field(description="bytes a second that this machine reads")
+
+    @property
+    def limit(self) -> float:
+        """Tokens a second of one request that the memory allows."""
+        return self.bandwidth / self.bytes_per_token
+
+
+class CheckpointResult(Part):
+    """A checkpoint, and all that is known of it."""
+
+    name: str
+    source: str
+    fingerprint: str = Field(description="sha256 over configuration and samples of the weights")
+    container: str
+    schemes: dict[str, int] = Field(description="layers by scheme")
+    file_bytes: int
+    bits_per_weight: float | None = Field(description="of the quantized layers, scales included")
+    conversion: Conversion | None = None
+    text: TextResult | None = None
+    tasks: TaskResult | None = None
+    speed: SpeedResult | None = None
+
+
+class Report(Document):
+    """What `quantkit report` collected."""
+
+    WHAT: ClassVar[str] = "a report of `quantkit report`"
+    AGAIN: ClassVar[str] = "make it again"
+
+    kind: Literal["quantkit-report"] = "quantkit-report"
+    schema_version: Literal[1] = 1
+    date: str
+    command: str
+    versions: Versions
+    baseline: CheckpointResult
+    baseline_speed: list[LoadPoint] = Field(default_factory=list, description="the baseline's own, of the last measurement; ratios are 1")
+    checkpoints: list[CheckpointResult]
