@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantkit.cli.command_line import command_line
 from quantkit.cli.engine_options import SCORING
 from quantkit.errors import UsageError
 
@@ -59,8 +58,7 @@ def run_tasks(model: str, baseline: str | None, tasks: str | None, suite: str | 
             torch.set_num_threads(threads)
         from quantkit.evaluation.scoring import ScoringOptions, score
 
-        command = "quantkit " + shlex.join(sys.argv[1:])
-        report = score(model, asked, baseline=baseline, options=ScoringOptions(**options), suite=suite, command=command)
+        report = score(model, asked, baseline=baseline, options=ScoringOptions(**options), suite=suite, command=command_line())
     if output is not None:
         report.write(output)
     if as_json:

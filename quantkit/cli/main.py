@@ -21,6 +21,8 @@ COMMANDS = {
     "serve": "quantkit.cli.serve:serve",
     "eval": "quantkit.cli.eval:evaluate",
     "lm-eval": "quantkit.cli.lm_eval:lm_eval",
+    "report": "quantkit.cli.report:report",
+    "ci": "quantkit.cli.ci:ci",
     "recipes": "quantkit.cli.recipes:recipes",
     "bench": "quantkit.cli.bench:bench",
 }
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments or bool(os.environ.get("QUANTKIT_DEBUG"))
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        result = cli.main(arguments, prog_name="quantkit", standalone_mode=False)
+        result = cli.main(arguments, prog_name="quantkit", standalone_mode=False, obj=list(arguments))
         sys.exit(result if isinstance(result, int) else 0)
     except click.ClickException as error:
         error.show()

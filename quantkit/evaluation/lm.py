@@ -157,7 +157,7 @@ class EngineLM(TemplateLM):
         engine, name = self.llm.engine, f"lm-eval-{next(self._runs)}"
         outputs = [engine.add(prompt, params, request_id=f"{name}-{number}") for number, (prompt, params) in enumerate(asked)]
         numbers = {output.id: number for number, output in enumerate(outputs)}
-        with tqdm(total=len(asked), desc=what, unit="request", disable=is_quiet) as bar:
+        with tqdm(total=len(asked), desc=what, unit="request", disable=is_quiet or None) as bar:
             while engine.has_work:
                 for output in engine.step():
                     if output.is_finished:

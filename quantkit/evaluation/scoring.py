@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
+import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.utils
 import numpy as np
@@ -166,18 +167,18 @@ def _seed() -> None:
 
 @contextmanager
 def _tuned_lm_eval() -> Iterator[None]:
-    """Without lm-eval's warnings of what is meant here and its progress bar for each task's prompts, both 57 lines for MMLU.
+    """Without lm-eval's warnings of what is meant here and its progress bar for each task's prompts, both 57 lines for MMLU, nor bars in files.
 
     Its prompt templates are compiled once, not once a document, which takes longer than a small model's answers.
     """
     logger, environment = logging.getLogger("lm_eval"), lm_eval.utils.env
-    level, bar, compiled = logger.level, lm_eval.api.task.tqdm, environment.from_string
+    level, bars, compiled = logger.level, (lm_eval.api.task.tqdm, lm_eval.api.model.tqdm), environment.from_string
     logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = partial(bar, disable=True)
+    lm_eval.api.task.tqdm, lm_eval.api.model.tqdm = partial(bars[0], disable=True), partial(bars[1], disable=None)
     environment.from_string = lru_cache(maxsize=1024)(compiled)
     try:
         yield
     finally:
         logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
+        lm_eval.api.task.tqdm, lm_eval.api.model.tqdm = bars
         environment.from_string = compiled

@@ -117,5 +117,4 @@ class Report(Document):
     command: str
     versions: Versions
     baseline: CheckpointResult
-    baseline_speed: list[LoadPoint] = Field(default_factory=list, description="the baseline's own, of the last measurement; ratios are 1")
     checkpoints: list[CheckpointResult]

@@ -1,0 +1,51 @@
+"""The report as Markdown that fits a pull request: tables, and what is behind them folded away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantkit.report import words
+from quantkit.report.check import Finding
+from quantkit.report.schema import Report
+
+_UNMOVED = 0.005
+"""A change that is not worth a line."""
+
+
+def markdown(report: Report, findings: Sequence[Finding] | None = None) -> str:
+    """Parts without results are left out, and figures that did not move."""
+    lines = [f"## quantkit: {len(report.checkpoints)} of {report.baseline.name}", ""]
+    if findings:
+        lines += [verdict(findings), "", *table(words.findings_table([each for each in findings if _has_moved(each)])), ""]
+    lines += [*table(words.overview(report)), ""]
+    for title, each in (("Answers", words.answers(report)), ("Tails and greedy texts", words.tails(report)), ("Speed", words.speeds(report))):
+        if each[1]:
+            lines += [f"### {title}", "", *table(each), ""]
+    if words.conversions(report)[1]:
+        lines += ["<details><summary>Conversions</summary>", "", *table(words.conversions(report)), "", "</details>", ""]
+    lines += ["<details><summary>Where the figures come from</summary>", ""]
+    lines += [f"- {what}: {words.origin_text(made)}" for what, made in words.origins(report)]
+    return "\n".join([*lines, "", "</details>", ""])
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """In one sentence."""
+    failed = sum(each.has_failed for each in findings)
+    if failed:
+        return f"**{failed} of {len(findings)} figures are worse than they may be.**"
+    return f"All {len(findings)} figures are as good as they were, within limits and noise."
+
+
+def table(content: words.Table) -> list[str]:
+    heads, rows = content
+    if not rows:
+        return []
+    return ["| " + " | ".join(row) + " |" for row in (heads, ("---",) * len(heads), *(tuple(map(_cell, row)) for row in rows))]
+
+
+def _has_moved(finding: Finding) -> bool:
+    return finding.has_failed or (finding.verdict != "same" and abs(finding.change or 0.0) > _UNMOVED)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

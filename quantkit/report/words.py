@@ -1,0 +1,153 @@
+"""Figures in words and tables, the same in every form of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantkit.evaluation.results import Comparison
+from quantkit.report.check import Finding, recoveries
+from quantkit.report.schema import CheckpointResult, Provenance, Report
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""Heads, and rows of cells; the first column names the row."""
+
+
+def overview(report: Report) -> Table:
+    """A row for each checkpoint: what it is, what it weighs, what it cost, how fast it is."""
+    heads = ("checkpoint", "container", "layers", "size", "of the original", "KL divergence", "same top token", "PPL ratio", "output tokens/s")
+    base = report.baseline
+    rows = [(base.name, base.container, "", size(base.file_bytes), "100%", "", "", "", _rates(base))]
+    for each in report.checkpoints:
+        text = each.text.result if each.text is not None else None
+        rows.append((
+            each.name, each.container, schemes(each), size(each.file_bytes), f"{each.file_bytes / base.file_bytes:.1%}",
+            f"{text.kl_mean:.5f} ± {text.kl_se:.5f}" if text else "", f"{text.top1:.2%}" if text else "",
+            f"{text.ppl_ratio:.4f} ± {text.ppl_ratio_se:.4f}" if text else "", _rates(each),
+        ))  # fmt: skip
+    return heads, rows
+
+
+def answers(report: Report) -> Table:
+    """A row for each checkpoint and task."""
+    heads = ("checkpoint", "task", "documents", "baseline", "quantized", "difference", "recovery", "verdict")
+    rows = []
+    for each in report.checkpoints:
+        for task, score in recoveries(each).items():
+            found = score.comparison
+            assert found is not None
+            rows.append((
+                each.name, task, f"{score.num_documents:,}", points(found.baseline), points(found.quantized),
+                f"{100 * found.difference:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})", recovery(found), found.verdict,
+            ))  # fmt: skip
+    return heads, rows
+
+
+def tails(report: Report) -> Table:
+    """What the worst tokens lost, and how long greedy texts stay the same."""
+    heads = ("checkpoint", "tokens", "median KL", "99% KL", "99.9% KL", "largest", "first 8 tokens the same", "equal beginning")
+    rows = []
+    for each in report.checkpoints:
+        if each.text is not None:
+            result, longer = each.text.result, each.text.continuations
+            percentiles = result.kl_percentiles
+            kept = [f"{percentiles[name]:.4f}" for name in ("median", "99.0%", "99.9%", "maximum")]
+            same = ("", "") if longer is None else (f"{longer.agreement.get(8, 0):.0%}", f"{longer.mean_same:.1f} of {longer.length} tokens")
+            rows.append((each.name, f"{result.num_tokens:,}", *kept, *same))
+    return heads, rows
+
+
+def speeds(report: Report) -> Table:
+    """A row for each checkpoint and number of requests."""
+    heads = ("checkpoint", "requests at once", "output tokens/s", "of the baseline's", "first token", "between tokens", "limit by memory")
+    rows = []
+    for each in (report.baseline, *report.checkpoints):
+        if each.speed is None:
+            continue
+        for load in each.speed.loads:
+            ratio = "1" if each is report.baseline else f"{load.ratio:.2f} ({load.ratio_low:.2f} to {load.ratio_high:.2f})"
+            limit = f"{each.speed.limit:,.0f} tokens/s" if load.num_requests == 1 else ""
+            times = (f"{load.first_token_ms:,.0f} ms", f"{load.inter_token_ms:,.1f} ms")
+            rows.append((each.name, str(load.num_requests), f"{load.output_rate:,.1f}", ratio, *times, limit))
+    return heads, rows
+
+
+def conversions(report: Report) -> Table:
+    heads = ("checkpoint", "recipe", "bits a weight", "mean layer error", "worst layer", "time", "peak memory", "calibration")
+    rows = []
+    for each in report.checkpoints:
+        made = each.conversion
+        if made is not None and made.layers:
+            worst = max(made.layers, key=lambda layer: layer.error)
+            mean = sum(layer.error for layer in made.layers) / len(made.layers)
+            bits = f"{each.bits_per_weight:.3f}" if each.bits_per_weight is not None else ""
+            errors, cost = (f"{mean:.2e}", f"{worst.name}: {worst.error:.2e}"), (f"{made.seconds:.0f} s", size(made.peak_memory_bytes))
+            rows.append((each.name, made.recipe, bits, *errors, *cost, made.calibration or "none"))
+    return heads, rows
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    heads = ("checkpoint", "figure", "committed", "found", "change", "may be", "noise", "verdict")
+    rows = []
+    for each in findings:
+        change = "" if each.change is None else f"{each.change:+.1%}"
+        noise = "" if not each.noise else f"± {number(each.noise)}"
+        found = "" if each.found is None else number(each.found)
+        rows.append((each.checkpoint, each.figure, number(each.expected), found, change, number(each.allowed), noise, each.verdict))
+    return heads, rows
+
+
+def origins(report: Report) -> list[tuple[str, Provenance]]:
+    """Where every measurement comes from."""
+    found = []
+    for each in report.checkpoints:
+        for what, result in (("text", each.text), ("tasks", each.tasks), ("speed", each.speed)):
+            if result is not None:
+                found.append((f"{each.name}, {what}", result.made))
+    return found
+
+
+def origin_text(made: Provenance) -> str:
+    machine, versions = made.machine, made.versions
+    where = f"{machine.gpu or machine.processor}, {machine.threads} threads of {machine.num_processors} processors"
+    return f"{made.date}, quantkit {versions.quantkit}, torch {versions.torch}, transformers {versions.transformers}; {where}; `{made.command}`"
+
+
+def figure_text(finding: Finding) -> str:
+    """A finding on one line."""
+    if finding.found is None:
+        return f"{finding.figure} was {number(finding.expected)} and is not in the report"
+    noise = "" if not finding.noise else f", noise ± {number(finding.noise)}"
+    change = "" if finding.change is None else f" ({finding.change:+.1%})"
+    shown = f"{number(finding.expected)} to {number(finding.found)}{change}"
+    return f"{finding.figure}: {shown}; up to {number(finding.allowed)} is allowed{noise}: {finding.verdict}"
+
+
+def schemes(checkpoint: CheckpointResult) -> str:
+    return ", ".join(f"{count} {name}" for name, count in checkpoint.schemes.items())
+
+
+def size(num_bytes: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def recovery(found: Comparison) -> str:
+    if found.recovery is None or found.recovery_low is None or found.recovery_high is None:
+        return ""
+    return f"{found.recovery:.1%} ({found.recovery_low:.1%} to {found.recovery_high:.1%})"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _rates(checkpoint: CheckpointResult) -> str:
+    if checkpoint.speed is None:
+        return ""
+    return ", ".join(f"{load.output_rate:,.0f} at {load.num_requests}" for load in checkpoint.speed.loads)

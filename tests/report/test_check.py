@@ -1,0 +1,160 @@
+"""A regression fails and nothing else does: figures against what was committed, their limits and their noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from quantkit.core.divergence import DivergenceResult
+from quantkit.errors import UsageError
+from quantkit.evaluation import results
+from quantkit.evaluation.results import Comparison, Score, Settings, TaskScore
+from quantkit.evaluation.significance import compare_scores
+from quantkit.paths import packaged
+from quantkit.report.check import CheckFile, ExpectedCheckpoint, Finding, Kept, check, updated
+from quantkit.report.junit import junit
+from quantkit.report.markdown import markdown, verdict
+from quantkit.report.measure import provenance
+from quantkit.report.page import page
+from quantkit.report.schema import CheckpointResult, LoadPoint, Report, SpeedResult, TaskResult, TextResult
+
+MADE = provenance("quantkit report")
+SETTINGS = Settings(mode="fast", device="cpu", context=None, quantization=None, kv_cache_dtype="auto", chat_template=False)
+
+
+def text_result(kl: float, error: float) -> TextResult:
+    fields = {name: 0.0 for name in DivergenceResult.__dataclass_fields__ if name not in ("num_tokens", "by_position")}
+    percentiles = {name: kl for name in ("median", "99.0%", "99.9%", "maximum")}
+    tables: dict[str, Any] = {"kl_percentiles": percentiles, "delta_p_percentiles": {}, "num_tokens": 1000}
+    return TextResult(made=MADE, measured_on="prose", seq_len=512, continuations=None,
+                      result=DivergenceResult(**fields | tables | {"kl_mean": kl, "kl_se": error}))  # fmt: skip
+
+
+def task_result(lost: int, won: int, count: int = 1000) -> TaskResult:
+    baseline, model = np.ones(count), np.ones(count)
+    model[:lost] = 0
+    baseline[lost : lost + won] = 0
+    found = Comparison(**compare_scores(baseline, model).to_dict())
+    score = TaskScore(
+        task="quiz", group=None, is_group=False, metric="acc", filter="none", higher_is_better=True, num_fewshot=0, version="1", num_documents=count,
+        num_available=count, score=Score(value=float(model.mean()), standard_error=0.0), baseline=None, comparison=found,
+    )  # fmt: skip
+    return TaskResult(made=MADE, suite="quick", settings=SETTINGS, is_partial_data=False, scores=[score])
+
+
+def speed_result(ratio: float, low: float, high: float) -> SpeedResult:
+    load = LoadPoint(num_requests=8, output_rate=100.0, first_token_ms=5.0, inter_token_ms=1.0, ratio=ratio, ratio_low=low, ratio_high=high)
+    sizes = {"num_prompt": 128, "num_output": 32, "turns": 3, "bytes_per_token": 10}
+    return SpeedResult(made=MADE, mode="fast", prompt_rate=1000.0, loads=[load], bandwidth=1e9, **sizes)
+
+
+def report_of(**parts: Any) -> Report:
+    common = {"source": "x", "fingerprint": "0", "container": "gptq", "schemes": {"w4a16": 2}, "bits_per_weight": 4.1}
+    base = CheckpointResult(name="base", file_bytes=1000, **common)
+    own = CheckpointResult(**{"name": "small", "file_bytes": 400} | common | parts)
+    return Report(date=results.now(), command="quantkit report", versions=results.versions(), baseline=base, checkpoints=[own])
+
+
+def expected_of(**figures: Any) -> CheckFile:
+    return CheckFile(source="base", checkpoints=[ExpectedCheckpoint(name="small", recipe="w4a16-rtn", format="gptq", **figures)])
+
+
+def only(report: Report, expected: CheckFile) -> Finding:
+    (finding,) = check(report, expected)
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("kl", "error", "wanted"),
+    [(0.02, 1e-4, "same"), (0.0205, 1e-4, "within limit"), (0.0301, 1e-4, "worse"), (0.0301, 0.01, "within noise"), (0.0101, 1e-4, "better")],
+)
+def test_kl_fails_beyond_its_limit_and_beyond_noise(kl: float, error: float, wanted: str) -> None:
+    found = only(report_of(text=text_result(kl, error)), expected_of(kl=Kept(value=0.02, error=1e-4)))
+
+    assert found.verdict == wanted and found.has_failed == (wanted == "worse")
+    assert found.allowed == pytest.approx(0.022) and found.noise == pytest.approx(2 * (error**2 + 1e-8) ** 0.5)
+
+
+@pytest.mark.parametrize(("lost", "won", "wanted"), [(0, 0, "same"), (15, 0, "within limit"), (80, 0, "worse"), (30, 28, "within noise")])
+def test_a_recovery_fails_beyond_its_interval(lost: int, won: int, wanted: str) -> None:
+    found = only(report_of(tasks=task_result(lost, won)), expected_of(recovery={"quiz acc": 1.0}))
+
+    assert found.verdict == wanted and found.has_failed == (wanted == "worse")
+
+
+@pytest.mark.parametrize(("num_bytes", "wanted"), [(400, "same"), (403, "within limit"), (405, "worse"), (390, "better")])
+def test_bytes_know_no_noise(num_bytes: int, wanted: str) -> None:
+    assert only(report_of(file_bytes=num_bytes), expected_of(file_bytes=400)).verdict == wanted
+
+
+@pytest.mark.parametrize(
+    ("speed", "wanted"),
+    [((1.5, 1.4, 1.6), "same"), ((0.9, 0.8, 0.95), "within limit"), ((0.7, 0.6, 0.8), "worse"), ((0.7, 0.5, 1.6), "within noise")],
+)
+def test_a_speed_ratio_fails_where_no_turn_came_near(speed: tuple[float, float, float], wanted: str) -> None:
+    assert only(report_of(speed=speed_result(*speed)), expected_of(speed={8: 1.5})).verdict == wanted
+
+
+def test_what_was_not_measured_fails() -> None:
+    expected = expected_of(kl=Kept(value=0.02), recovery={"quiz acc": 1.0, "gone acc": 0.5}, speed={8: 1.0, 16: 1.0}, file_bytes=400)
+    report = report_of(tasks=task_result(0, 0), speed=speed_result(1, 1, 1))
+
+    found = check(report, expected)
+
+    assert [each.figure for each in found if each.verdict == "missing"] == ["KL divergence", "recovery, gone acc", "speed ratio, 16 at once"]
+    assert all(each.has_failed for each in check(report.model_copy(update={"checkpoints": []}), expected))
+
+
+def test_an_updated_file_has_the_reports_figures() -> None:
+    report = report_of(text=text_result(0.03, 1e-4), tasks=task_result(10, 0), speed=speed_result(1.2345, 1, 2))
+    file = updated(expected_of(), report, MADE)
+
+    (kept,) = file.checkpoints
+    assert (kept.file_bytes, kept.kl, kept.speed) == (400, Kept(value=0.03, error=1e-4), {8: 1.234})
+    assert kept.recovery == {"quiz acc": pytest.approx(0.99)}
+    assert {each.verdict for each in check(report, file)} <= {"same", "within noise"}
+
+
+def test_every_form_says_what_failed(tmp_path: Path) -> None:
+    report = report_of(text=text_result(0.05, 1e-4), tasks=task_result(80, 0), speed=speed_result(1, 1, 1))
+    findings = check(report, expected_of(kl=Kept(value=0.02, error=1e-4), recovery={"quiz acc": 1.0}, speed={8: 1.0}))
+    said = "2 of 3 figures are worse than they may be"
+
+    assert said in verdict(findings) and said in markdown(report, findings) and said in page(report, findings)
+    suites = ElementTree.fromstring(junit(findings))
+    assert (suites.get("tests"), suites.get("failures")) == ("3", "2")
+    failed = [case.get("name") for case in suites.iter("testcase") if case.find("failure") is not None]
+    assert failed == ["KL divergence", "recovery, quiz acc"]
+    assert "| small | KL divergence | 0.02 | 0.05 | +150.0% |" in markdown(report, findings)
+
+
+def test_at_no_true_difference_a_recovery_fails_as_seldom_as_it_says() -> None:
+    """Two equally good models: both right on 90% of the documents, independently."""
+    dice = np.random.default_rng(0)
+    failures = 0
+    for _ in range(200):
+        sides = dice.random((2, 300)) < 0.9
+        found = compare_scores(sides[0].astype(float), sides[1].astype(float))
+        assert found.recovery is not None and found.recovery_high is not None
+        failures += found.recovery < 0.98 and 1.0 - found.recovery > found.recovery_high - found.recovery
+    assert failures <= 0.05 * 200
+
+
+def test_the_committed_file_is_whole() -> None:
+    file = CheckFile.read(packaged("evals") / "baselines" / "reference.json")
+
+    assert file.made is not None
+    assert {each.format for each in file.checkpoints} == {"compressed-tensors", "gptq"}
+    assert all(each.file_bytes and each.kl and each.recovery and each.speed for each in file.checkpoints)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    report_of().write(tmp_path / "report.json")
+
+    with pytest.raises(UsageError, match="is not a file of `quantkit report --check`"):
+        CheckFile.read(tmp_path / "report.json")
+    assert Report.read(tmp_path / "report.json").checkpoints[0].name == "small"

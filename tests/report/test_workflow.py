@@ -1,0 +1,57 @@
+"""What `quantkit ci init` writes is a check file and a workflow that runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quantkit.cli import main
+from quantkit.report.check import CheckFile
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
+
+
+def test_the_workflow_runs_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("ci", "init", "org/name", "-r", "w4a16-gptq", "-r", "w8a16", "-f", "gptq", "-f", "compressed-tensors", "-o", str(tmp_path))
+    code, out, _ = run(capsys, *arguments)
+
+    file = CheckFile.read(tmp_path / "quantkit-check.json")
+    workflow = yaml.safe_load((tmp_path / ".github" / "workflows" / "quantkit.yml").read_text())
+    commands = [step.get("run", "") for step in workflow["jobs"]["check"]["steps"]]
+    assert code == 0 and "quantkit report --check" in out
+    assert file.source == "org/name" and [each.name for each in file.checkpoints] == [
+        "w4a16-gptq", "w4a16-gptq-compressed-tensors", "w8a16", "w8a16-compressed-tensors",
+    ]  # fmt: skip
+    assert any("report --check quantkit-check.json" in command for command in commands)
+    assert any("GITHUB_STEP_SUMMARY" in command for command in commands)
+
+
+def test_nothing_that_is_there_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "quantkit-check.json").write_text("mine")
+
+    code, _, err = run(capsys, "ci", "init", "org/name", "-o", str(tmp_path))
+
+    assert code == 1 and "is there already" in err
+    assert (tmp_path / "quantkit-check.json").read_text() == "mine" and not (tmp_path / ".github").exists()
+    assert run(capsys, "ci", "init", "org/name", "-o", str(tmp_path), "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("-r", "w4a16-gtpq"), ("-f", "gtpq"), ("--suite", "quik")])
+def test_what_is_not_known_is_named(option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "ci", "init", "org/name", option, value, "-o", str(tmp_path))
+
+    assert code in (1, 2) and value in err and not list(tmp_path.iterdir())
+
+
+def test_this_repository_runs_what_lands_its_changes() -> None:
+    workflow = yaml.safe_load((Path(__file__).parents[2] / ".github" / "workflows" / "ci.yml").read_text())
+
+    commands = [step.get("run", "") for step in workflow["jobs"]["run"]["steps"]]
+    assert ".ci/run" in commands and any("report.md" in command for command in commands)
