@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "evaluation": {"runtime", "formats", "checkpoint", "models", "core"},
     "runtime": {"formats", "checkpoint", "models", "core"},
     "server": {"runtime"},
-    "bench": {"checkpoint", "runtime", "evaluation"},
+    "bench": {"checkpoint", "core", "runtime", "evaluation"},
     "report": {"bench", "evaluation", "conversion", "runtime", "formats", "checkpoint", "models", "core"},
     "cli": {"report", "server", "bench", "runtime", "conversion", "evaluation", "formats", "checkpoint", "models", "methods", "core"},
 }

@@ -114,8 +114,8 @@ def modes(source: str, quantization: str | None, num_tokens: int, threads: int) 
 
     torch.set_num_threads(threads)
     click.echo("| mode | tokens | KL, nats a token | same most likely token |\n|---|---|---|---|")
-    for found in mode_costs(source, quantization=quantization, num_tokens=num_tokens):
-        click.echo(f"| {found.mode} | {found.num_tokens:,} | {found.kl:.5f} | {found.same_top:.2%} |")
+    for mode, found in mode_costs(source, quantization=quantization, num_tokens=num_tokens):
+        click.echo(f"| {mode} | {found.num_tokens:,} | {found.kl_mean:.5f} | {found.top1:.2%} |")
 
 
 @bench.command()

@@ -47,6 +47,6 @@ def generate(source: str, prompt: str | None, chat: bool, adapter: str | None, *
 def _standard_input() -> str:
     data = sys.stdin.buffer.read()
     try:
-        return data.decode()
+        return data.decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"standard input is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; give text") from error

@@ -19,7 +19,8 @@ _LIBRARIES = frozenset({"fastapi", "starlette", "uvicorn", "prometheus_client"})
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for any that is free.")
 @click.option("--served-model-name", "names", multiple=True, help="What clients call the model; may be repeated. SOURCE by default.")
 @click.option("--max-sequences", type=click.IntRange(1), default=128, show_default=True, help="Sequences that run at once.")
-@click.option("--max-waiting", type=click.IntRange(1), default=2048, show_default=True, help="Requests that may queue; more get a 503.")
+@click.option("--max-waiting", type=click.IntRange(1), default=2048, show_default=True,
+              help="Requests that may queue; more get a 503, and one of more prompts a 400.")
 @click.option("--shutdown-timeout", type=click.FloatRange(0), default=30, show_default=True, help="Seconds that running requests have at the end.")
 @engine_options
 def serve(source: str, host: str, port: int, names: tuple[str, ...], shutdown_timeout: float, **options: Any) -> None:

@@ -66,7 +66,8 @@ class Continuation:
     def blame(self, *, is_finite: bool) -> None:
         """Say why no token could be chosen from logits that are finite, or are not."""
         if is_finite:
-            reason = (self.matcher and self.matcher.error) or "what the request bars and what its structure allows leave none"
+            allowed = "" if self.matcher is None else " of what its structure allows"
+            reason = (self.matcher and self.matcher.error) or f"the request bars all{allowed}"
             self.completion.error = RequestError(f"no token can follow: {reason}")
         else:
             self.completion.error = EngineError(_NOT_FINITE)

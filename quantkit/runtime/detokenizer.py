@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 _BROKEN = "\ufffd"
-_TAIL = 8
+_TAIL = 12
 """Tokens of the prompt that decide how the first token is written, as with or without a space."""
+_LONGEST = 4
+"""Tokens of one character at most, each of a byte."""
 _AMID = 8
 """Tokens that may have begun a character which is not whole yet."""
 
@@ -26,8 +29,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._before = list(prompt[-_TAIL:])
-        self._pending: list[int] = []
+        self._before, self._pending = self._parted(list(prompt[-_TAIL:]), is_cut=len(prompt) > _TAIL)
+        self._begun = self._decode(self._before + self._pending) if self._pending else None
         self._stop = tuple(stop)
         self._raw = ""
         self._shown = 0
@@ -54,7 +57,18 @@ class TextStream:
         if self.stopped_by is None:
             self._read(is_last=True)
             self._look_for_stop()
+        self._shown = len(self._raw)
         return self._raw
+
+    def _parted(self, tail: list[int], *, is_cut: bool) -> tuple[list[int], list[int]]:
+        """The end of a prompt from the beginning of a character on, and tokens of a character that it only begins."""
+        for begun in range(min(_LONGEST, len(tail) + 1)):
+            end = len(tail) - begun
+            for start in range(_LONGEST if is_cut else 1):
+                text = self._decode(tail[start:end])
+                if not (is_cut and text.startswith(_BROKEN)) and not self._is_open(tail[start:end], text):
+                    return tail[start:end], tail[end:]
+        return tail, []
 
     def _read(self, *, is_last: bool = False) -> None:
         """Append what the pending tokens add, but for the last of them that are part of a character."""
@@ -62,19 +76,34 @@ class TextStream:
             return
         before, num_whole = self._decode(self._before), len(self._pending)
         after = self._decode(self._before + self._pending)
-        while after.endswith(_BROKEN) and not is_last and len(self._pending) - num_whole < _AMID:
+        while not is_last and len(self._pending) - num_whole < _AMID and self._is_open(self._pending[:num_whole], after):
             num_whole -= 1
             if not num_whole:
                 return
             after = self._decode(self._before + self._pending[:num_whole])
-        # A character that the prompt only begins is whole now.
-        new = after[_num_equal(before, after) if before.endswith(_BROKEN) else len(before) :]
+        if self._begun is not None and after.startswith(self._begun):  # the prompt's own character never became whole
+            before = self._begun
+        self._begun = None
+        new = after[len(before) :]
         self._raw += new
         read, self._pending = self._pending[:num_whole], self._pending[num_whole:]
-        self._before = read if new else self._before + read  # tokens without a text of their own do not tell how the next is written
+        if new:
+            self._before = read
+        elif not before:  # tokens without a text do not tell how the next one is written
+            self._before = (self._before + read)[-_TAIL:]
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    def _is_open(self, ids: list[int], text: str) -> bool:
+        """Whether tokens, whose text ends so, end in the middle of a character."""
+        return text.endswith(_BROKEN) and not any(ids[-len(own) :] == own for own in self._written_broken)
+
+    @cached_property
+    def _written_broken(self) -> list[list[int]]:
+        """Tokens of the character that stands for broken ones, where somebody means it."""
+        ids = self._backend.encode(_BROKEN, add_special_tokens=False).ids
+        return [own for own in (ids, ids[1:]) if own and self._decode(own) == _BROKEN]
 
     def _look_for_stop(self) -> None:
         """Cut at the earliest stop string; one that begins in text already shown is impossible, as that would have been held back."""
@@ -88,8 +117,3 @@ class TextStream:
         longest = max(map(len, self._stop), default=1) - 1
         tail = self._raw[max(self._shown, len(self._raw) - longest) :] if longest else ""
         return next((len(tail) - i for i in range(len(tail)) if any(stop.startswith(tail[i:]) for stop in self._stop)), 0)
-
-
-def _num_equal(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

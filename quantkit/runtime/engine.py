@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -97,7 +98,7 @@ class Engine:
         scored = max(1, LOGPROBS_BYTES // (4 * self.loaded.vocabulary))
         limits = SchedulerConfig(options.max_tokens_per_step, options.max_sequences, options.max_chunk, self.context, options.max_waiting, scored)
         self.scheduler = Scheduler(BlockPool(num_blocks, options.block_size, caching=options.prefix_caching), limits)
-        self.runner = Runner(decoders[0], self.cache, limits)
+        self.runner = Runner(decoders[0], self.cache, limits, is_even=options.mode == "exact" and device.type == "cpu")
         warn_where_inexact(self.loaded, layouts[0], options)
         self.stats = EngineStats()
         self._random = random.Random(options.seed)
@@ -176,6 +177,8 @@ class Engine:
                 there is no such adapter.
         """
         params = params or SamplingParams()
+        if lora is not None and not isinstance(lora, str):
+            raise RequestError(f"lora is {lora!r}; give the name of an adapter")
         if lora is not None and lora not in self.options.lora:
             hint = did_you_mean(lora, self.options.lora) if self.options.lora else "none is; name their folders when the model is loaded"
             raise RequestError(f"no adapter {lora!r} is loaded; {hint}")
@@ -205,6 +208,12 @@ class Engine:
         self._request_of |= {each.sequence.id: (tracked, each) for each in tracked.continuations}
         self.stats.num_prompt_tokens += len(ids)
         return output
+
+    def require_places(self, count: int) -> None:
+        """Raises RequestError where so many requests at once could never wait together."""
+        most = self.options.max_waiting
+        if most is not None and count > most:
+            raise RequestError(f"{count} prompts at once are more than the {most} that may wait; give fewer")
 
     def cancel(self, request_id: str) -> None:
         """End a request wherever it is; unknown ids are no error, as it may just have ended."""
@@ -354,7 +363,7 @@ class Engine:
 
 def _ids_of(prompt: Any) -> list[int]:
     try:
-        if isinstance(prompt, bytes | bytearray) or any(isinstance(token, bool) for token in prompt):
+        if isinstance(prompt, bytes | bytearray | Mapping) or any(isinstance(token, bool) for token in prompt):
             raise TypeError
         return [index(token) for token in prompt]
     except TypeError as error:

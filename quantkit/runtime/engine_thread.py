@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
-from quantkit.errors import BusyError, EngineError, RequestError
+from quantkit.errors import BusyError, EngineError
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.matcher import Matcher
 from quantkit.runtime.outputs import RequestOutput
@@ -85,9 +85,7 @@ class EngineThread:
             BusyError: the queue is full, or the engine ends its work.
             EngineError: the engine is dead.
         """
-        most = self.engine.options.max_waiting
-        if most is not None and len(prompts) > most:
-            raise RequestError(f"{len(prompts)} prompts at once are more than the {most} that may wait; send fewer")
+        self.engine.require_places(len(prompts))
         stream = Stream(asyncio.get_running_loop(), self._cancel, is_live=is_live)
         start = partial(self.engine.add, params=params, priority=priority, tenant=tenant, salt=salt, lora=lora, matcher=matcher)
         add = partial(self._add, stream, prompts, start)

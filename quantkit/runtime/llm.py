@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import count
 from typing import Any, SupportsIndex
@@ -52,6 +52,7 @@ class LLM:
         outputs: list[RequestOutput] = []
         try:
             several = _several(prompts)
+            self.engine.require_places(len(several))
             for prompt, adapter in zip(several, _each(lora, len(several)), strict=True):
                 outputs.append(self.engine.add(prompt, params, request_id=f"request-{next(self._ids)}", lora=adapter))
             while not all(output.is_finished for output in outputs):
@@ -123,7 +124,7 @@ class LLM:
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
         return [prompts]  # type: ignore[list-item]
     several = list(prompts)
     is_one = bool(several) and isinstance(several[0], SupportsIndex) and not getattr(several[0], "ndim", 0)
@@ -143,6 +144,8 @@ def _each(lora: str | Sequence[str | None] | None, count: int) -> list[str | Non
 def _params(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
     if params is not None and settings:
         raise UsageError("give params or its fields as keywords, not both")
+    if not isinstance(params, SamplingParams | None):
+        raise UsageError(f"params is {params!r}; give SamplingParams, or its fields as keywords")
     _require_known("generate", settings, SamplingParams)
     return params or SamplingParams(**settings)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantkit.runtime.decoders import Decoder
+from quantkit.runtime.elementwise import EvenElementwise
 from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.scheduler import Batch, Piece, SchedulerConfig
 from quantkit.runtime.step import StepContext, running
@@ -24,11 +26,14 @@ class Wanted:
 class Runner:
     """Runs batches through one decoder over one cache.
 
+    Args:
+        is_even: a token's result must not depend on those beside it, to the last bit.
+
     The blocks of every running sequence stand in one table, a row for each slot of the scheduler; a step writes only what is new there.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, limits: SchedulerConfig) -> None:
-        self.decoder, self.cache = decoder, cache
+    def __init__(self, decoder: Decoder, cache: KVCache, limits: SchedulerConfig, *, is_even: bool = False) -> None:
+        self.decoder, self.cache, self._is_even = decoder, cache, is_even
         longest = min(cache.num_blocks, -(-limits.context // cache.block_size))
         self._tables = torch.zeros(limits.max_sequences, longest, dtype=torch.int32, device=cache.device)
 
@@ -52,7 +57,8 @@ class Runner:
         device = self.cache.device
         ids = torch.tensor([token for piece in batch.pieces for token in piece.tokens], device=device)
         positions = torch.tensor([i for piece in batch.pieces for i in range(piece.start, piece.end)], device=device)
-        with torch.inference_mode(), running(self._context(batch, positions)):
+        even = EvenElementwise() if self._is_even else nullcontext()
+        with torch.inference_mode(), running(self._context(batch, positions)), even:
             logits = self.decoder.logits(ids, positions, torch.tensor(rows or [0], device=device))
         return logits[: len(rows)], wanted
 

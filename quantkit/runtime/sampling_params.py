@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from quantkit.errors import RequestError
@@ -95,17 +96,22 @@ class SamplingParams:
             raise RequestError("bad_words holds an empty sequence; give at least one token id each")
 
     def _collect(self) -> None:
-        """Take any collection for those of several, and one string for `stop`."""
+        """Take any collection for those of several, one string for `stop`, and numbers of any library."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Real) and not isinstance(value, int | float):
+                object.__setattr__(self, each.name, int(value) if isinstance(value, Integral) else float(value))
         if not isinstance(self.logit_bias, dict):
             raise RequestError(f"logit_bias is {self.logit_bias!r}; give a dict of numbers by token id")
         stop = (self.stop,) if isinstance(self.stop, str) else _collected("stop", self.stop, "a string, or several")
         ending = _collected("stop_token_ids", self.stop_token_ids, "token ids")
         kind = "sequences of token ids"
         bad = [_collected("bad_words", words, kind) for words in _collected("bad_words", self.bad_words, kind)]
-        odd = [token for token in (*self.logit_bias, *ending, *(token for words in bad for token in words)) if type(token) is not int]
+        ids = (*self.logit_bias, *ending, *(token for words in bad for token in words))
+        odd = [token for token in ids if isinstance(token, bool) or not isinstance(token, Integral)]
         if odd:
             raise RequestError(f"{odd[0]!r} is no token id; logit_bias, stop_token_ids and bad_words take whole numbers")
-        for name, value in (("stop", stop), ("stop_token_ids", frozenset(ending)), ("bad_words", tuple(bad))):
+        for name, value in (("stop", stop), ("stop_token_ids", frozenset(map(int, ending))), ("bad_words", tuple(tuple(map(int, w)) for w in bad))):
             object.__setattr__(self, name, value)
 
     @property

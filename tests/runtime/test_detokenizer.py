@@ -67,13 +67,65 @@ def test_stray_bytes_take_nothing_from_the_text_behind_them(test_data: Path) -> 
     assert looks(TextStream(tokenizer, tokenizer("So")["input_ids"]), [*words, byte, *words, byte, byte, *words])[-1].count(" the dog") == 3
 
 
-def test_a_character_that_the_prompt_begins_is_shown_once_it_is_whole(tokenizer: Any) -> None:
-    ids = tokenizer("Hello 🎉", add_special_tokens=False)["input_ids"]
+@pytest.mark.parametrize("text", ["Hello 🎉", "日本語日", "ここ", "é日本🎉語", "日本語日本語日本語日本語"])
+def test_a_prompt_may_end_anywhere_and_nothing_of_it_but_a_character_it_begins_is_shown(text: str, tokenizer: Any) -> None:
+    ids = tokenizer(text + "日本 dog", add_special_tokens=False)["input_ids"]
 
-    for cut in range(1, 4):
-        prompt, rest = ids[:-cut], ids[-cut:]
-        if "\ufffd" in tokenizer.decode(prompt):
-            assert looks(TextStream(tokenizer, prompt), rest)[-1] == "🎉"
+    for cut in range(1, len(ids)):
+        prompt, rest = ids[:cut], ids[cut:]
+        begun = next(n for n in range(4) if not tokenizer.decode(prompt[: cut - n]).endswith("\ufffd"))
+        wanted = tokenizer.decode(ids)[len(tokenizer.decode(prompt[: cut - begun])) :]
+        for every in (1, 2, 100):
+            assert looks(TextStream(tokenizer, prompt), rest, every)[-1] == wanted
+
+
+def test_the_character_for_broken_ones_is_one_where_it_is_meant(tokenizer: Any) -> None:
+    prompt = tokenizer("so \ufffd\ufffd", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("so \ufffd\ufffd🎉 dog \ufffd\ufffd🎉", add_special_tokens=False)["input_ids"]
+
+    assert ids[: len(prompt)] == prompt
+    assert looks(TextStream(tokenizer, prompt), ids[len(prompt) :])[-1] == "🎉 dog \ufffd\ufffd🎉"
+
+
+def test_tokens_without_text_leave_what_is_before_them_as_it_is(tokenizer: Any) -> None:
+    end, words = tokenizer.eos_token_id, tokenizer(" the dog", add_special_tokens=False)["input_ids"]
+    stream = TextStream(tokenizer, tokenizer("So")["input_ids"])
+
+    shown = looks(stream, [*words, *[end] * 50, *words])
+
+    assert shown[-1] == whole(tokenizer, tokenizer("So")["input_ids"], [*words, *words])
+    assert len(stream._before) < 20
+
+
+def test_a_half_character_is_waited_for_as_long_as_one_may_take(test_data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(test_data / "data" / "stories260k-hf")
+    byte = tokenizer.convert_tokens_to_ids("<0xF0>")
+    stream = TextStream(tokenizer, tokenizer("So")["input_ids"])
+
+    shown = looks(stream, [byte] * 30)
+
+    assert not shown[3].strip() and "\ufffd" in shown[20]
+
+
+def test_an_ended_text_stays_whole_whoever_looks_again(tokenizer: Any) -> None:
+    stream = TextStream(tokenizer, [], ["there was never"])
+    for token in tokenizer("Once there", add_special_tokens=False)["input_ids"]:
+        stream.push(token)
+
+    assert stream.finish().strip() == stream.catch_up().strip() == "Once there"
+
+
+def test_a_stop_string_before_min_tokens_stays_and_does_not_end_what_follows(tokenizer: Any) -> None:
+    first = tokenizer("time and", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("time and time again", add_special_tokens=False)["input_ids"]
+    stream = TextStream(tokenizer, [], ["time"])
+
+    for number, token in enumerate(ids):
+        stream.push(token, may_stop=number >= len(first))
+        if stream.stopped_by:
+            break
+
+    assert stream.finish().strip() == "time and" and stream.stopped_by == "time"
 
 
 def looks(stream: TextStream, ids: list[int], every: int = 1) -> list[str]:

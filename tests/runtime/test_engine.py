@@ -113,10 +113,11 @@ def test_tokens_do_not_depend_on_how_the_work_is_cut_up(cut: str, reference: Pat
     assert llm.engine.scheduler.pool.num_used == 0
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"])
-def test_mixtures_give_the_same_bits_alone_and_among_others(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "laguna", "llama", "gpt_neox"])
+def test_prompts_give_the_same_bits_alone_and_among_others(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sizes = {name: 8 for name in ("num_experts", "num_local_experts", "n_routed_experts")}
     sizes |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    sizes["intermediate_size"] = 172  # no multiple of the vectors of any processor
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
     llm = engine(save_tiny(tmp_path, family=family, **sizes, **(latent if family == "deepseek_v3" else {})))
     prompts = [[3 + (7 * i + 11 * row) % 90 for i in range(3 + 5 * row)] for row in range(6)]

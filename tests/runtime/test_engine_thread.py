@@ -67,6 +67,18 @@ def test_who_does_not_read_text_as_it_comes_has_it_in_the_end(thread: EngineThre
     assert [token for delta in late for token in delta.token_ids] == [token for delta in live for token in delta.token_ids]
 
 
+def test_continuations_that_end_at_different_times_keep_their_last_characters(thread: EngineThread) -> None:
+    params = SamplingParams(max_tokens=40, n=4, seed=17, stop=(".zzz", "s zzz", "e zzz"))
+
+    deltas, (output,) = asyncio.run(read(thread, [[5, 6]], params))
+
+    assert len({len(each.token_ids) for each in output.completions}) > 1
+    for each in output.completions:
+        streamed = "".join(delta.text for delta in deltas if delta.index == each.index)
+        text = thread.engine.tokenizer.decode([5, 6, *each.token_ids], skip_special_tokens=True)
+        assert streamed == each.text and text.endswith(each.text)
+
+
 def test_more_prompts_than_may_wait_are_not_asked_to_come_again() -> None:
     thread = EngineThread(new_engine(max_waiting=2))
     try:

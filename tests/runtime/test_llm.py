@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.errors import RequestError
+from quantkit.errors import BusyError, RequestError, UsageError
 from quantkit.runtime.llm import LLM
 from quantkit.runtime.sampling_params import SamplingParams
 
@@ -33,7 +33,12 @@ def test_rows_of_token_ids_are_prompts(llm: LLM) -> None:
     assert ids(llm, torch.tensor([[5], [7]])) == ids(llm, np.array([[5], [7]])) == [*ids(llm, [5]), *ids(llm, [7])]
 
 
-@pytest.mark.parametrize("prompts", [5, None, [None], [1.5], b"text", [b"text"], [True], [[True]], [[5, "a"]], [["a"]], "\ud800"])
+NO_PROMPTS = [
+    np.array(5), torch.tensor(5), {"prompt": "Tom"}, 5, None, [None], [1.5], b"text", [b"text"], [True], [[True]], [[5, "a"]], [["a"]], "\ud800",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompts", NO_PROMPTS)
 def test_what_is_no_prompt_is_named(prompts: Any, llm: LLM) -> None:
     with pytest.raises(RequestError, match=r"the prompt is|character 0 of the text"):
         ids(llm, prompts)
@@ -59,6 +64,25 @@ def test_settings_of_a_beam_search_are_named(settings: dict[str, Any], llm: LLM)
     (name,) = settings
     with pytest.raises(RequestError, match=name):
         llm.beam_search("Tom", **settings)
+
+
+def test_parameters_of_another_kind_are_named(llm: LLM) -> None:
+    with pytest.raises(UsageError, match="SamplingParams"):
+        llm.generate("Tom", {"max_tokens": 2})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="lora"):
+        list(llm.stream("Tom", lora=["a"]))  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(llm: LLM) -> None:
+    settings = {"max_tokens": np.int64(3), "temperature": np.float32(0), "stop_token_ids": np.array([5]), "seed": np.int64(1)}
+
+    assert [output.completions[0].token_ids for output in llm.generate("Tom", **settings)] == ids(llm, "Tom", stop_token_ids=[5])
+
+
+def test_more_prompts_than_may_wait_are_refused_for_good() -> None:
+    with pytest.raises(RequestError, match="3 prompts at once are more than the 2 that may wait") as refused:
+        LLM("reference", max_waiting=2, kv_cache_memory=8 << 20).generate(["a"] * 3)
+    assert not isinstance(refused.value, BusyError)
 
 
 def test_one_string_is_one_stop() -> None:

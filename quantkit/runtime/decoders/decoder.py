@@ -66,5 +66,5 @@ def _warn_of_window(loaded: LoadedModel, layers: list[AttentionFacts]) -> None:
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
     may_slide = isinstance(window, int) and (kinds is None or "sliding_attention" in kinds)
     if may_slide and not any(facts.window for facts in layers):
-        what = "names a window of %d tokens that transformers' code for it does not apply"
-        _log.warning(f"%s {what}; every token sees all before it", loaded.name, window)
+        reason = f"names a window of {window} tokens that transformers' code for it does not apply"
+        _log.warning("%s %s; every token sees all before it", loaded.name, reason)
