@@ -103,6 +103,31 @@ def latency(num_prompt: int, num_output: int, **setting: Any) -> None:
 
 @bench.command()
 @click.argument("source", default="reference")
+@click.option("--task", "name", default="reference_mmlu", show_default=True, help="A task or group of lm-eval's.")
+@click.option("--num-fewshot", type=click.IntRange(0), default=5, show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Documents of each task, the first ones.  [default: all]")
+@click.option("--batch-sizes", default="1,8", show_default=True, callback=_counts, help="Of lm-eval's own class.")
+@click.option("--mode", type=click.Choice(["fast", "exact", "int8"]), default="fast", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), default=2, show_default=True)
+def tasks(source: str, name: str, num_fewshot: int, limit: int | None, batch_sizes: list[int], mode: str, threads: int) -> None:
+    """Time of lm-eval's tasks on our runtime and on `lm_eval --model hf`, in float32, on a CPU."""
+    import torch
+
+    from quantkit.bench.convert import machine
+    from quantkit.evaluation.harness_speed import task_times
+    from quantkit.evaluation.suite import SuiteTask
+
+    torch.set_num_threads(threads)
+    task = SuiteTask(task=name, num_fewshot=num_fewshot, limit=limit)
+    click.echo(f"{machine()}, {threads} threads; {name}, {num_fewshot} shots\n\n| backend | seconds | score | times as long |\n|---|---|---|---|")
+    own = 0.0
+    for found in task_times(source, task, mode=mode, dtype="float32", batch_sizes=tuple(batch_sizes)):
+        own = own or found.seconds
+        click.echo(f"| {found.backend} | {found.seconds:.1f} | {found.score:.4f} | {found.seconds / own:.2f} |")
+
+
+@bench.command()
+@click.argument("source", default="reference")
 @click.option("--quantization", help="Quantize an unquantized model while it loads: int8 or w4.")
 @click.option("--tokens", "num_tokens", type=click.IntRange(1), default=4096, show_default=True, help="About how many tokens of text.")
 @click.option("--threads", type=click.IntRange(1, 1024), default=2, show_default=True)

@@ -20,6 +20,7 @@ import lm_eval.utils
 import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
+from tqdm import tqdm
 
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.source import resolve
@@ -94,7 +95,7 @@ def score(
     options = options or ScoringOptions()
     sources = [source for source in (baseline, model) if source is not None]
     folders = [resolve(source, trust_remote_code=options.trust_remote_code).folder for source in sources]
-    with _tuned_lm_eval():
+    with tuned_lm_eval():
         data = TaskData(options.data_dir, is_partial=options.is_partial_data) if options.data_dir else None
         opened = open_tasks(tasks, data=data, runs_unsafe_code=options.runs_unsafe_code)
         done = [
@@ -165,8 +166,12 @@ def _seed() -> None:
     torch.manual_seed(1234)
 
 
+def _bar_on_terminals(*args: Any, **settings: Any) -> tqdm:
+    return tqdm(*args, **settings | {"disable": settings.get("disable") or None})
+
+
 @contextmanager
-def _tuned_lm_eval() -> Iterator[None]:
+def tuned_lm_eval() -> Iterator[None]:
     """Without lm-eval's warnings of what is meant here and its progress bar for each task's prompts, both 57 lines for MMLU, nor bars in files.
 
     Its prompt templates are compiled once, not once a document, which takes longer than a small model's answers.
@@ -174,7 +179,7 @@ def _tuned_lm_eval() -> Iterator[None]:
     logger, environment = logging.getLogger("lm_eval"), lm_eval.utils.env
     level, bars, compiled = logger.level, (lm_eval.api.task.tqdm, lm_eval.api.model.tqdm), environment.from_string
     logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm, lm_eval.api.model.tqdm = partial(bars[0], disable=True), partial(bars[1], disable=None)
+    lm_eval.api.task.tqdm, lm_eval.api.model.tqdm = partial(bars[0], disable=True), _bar_on_terminals
     environment.from_string = lru_cache(maxsize=1024)(compiled)
     try:
         yield

@@ -15,7 +15,10 @@ from lm_eval.api.instance import Instance
 
 from quantkit.checkpoint.source import resolve
 from quantkit.evaluation import lm
+from quantkit.evaluation.harness_speed import results_by_document
 from quantkit.evaluation.lm import EngineLM
+from quantkit.evaluation.suite import SuiteTask
+from quantkit.evaluation.task_data import TaskData
 from quantkit.runtime.llm import LLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -84,3 +87,17 @@ def test_generated_text_is_the_same(ours: EngineLM, theirs: Any) -> None:
     found, expected = (each.generate_until(instances("generate_until", asked), disable_tqdm=True) for each in (ours, theirs))
 
     assert [text.strip() for text in found] == [text.strip() for text in expected]
+
+
+@pytest.mark.parametrize("task", [SuiteTask(task="mmlu_anatomy", num_fewshot=5, limit=6), SuiteTask(task="gsm8k", num_fewshot=5, limit=3)])
+def test_official_tasks_of_another_model_have_the_same_results_document_by_document(task: SuiteTask, test_data: Path) -> None:
+    """With prompts that are longer than its context, which lose their beginnings."""
+    folder, data = test_data / "data" / "stories3m-hf", TaskData(test_data / "data")
+    own = EngineLM(LLM(str(folder), mode="exact", kv_cache_memory=16 << 20))
+    other = lm_eval.models.huggingface.HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1)
+
+    found, expected = (results_by_document(each, task, data) for each in (own, other))
+
+    assert own.num_cut > 0 and found.keys() == expected.keys() and len(found) == task.limit
+    for document, values in expected.items():
+        assert found[document] == (pytest.approx(values, abs=1e-3) if isinstance(values[0], float) else values)
