@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "quantkit.cli.eval:evaluate",
     "lm-eval": "quantkit.cli.lm_eval:lm_eval",
     "report": "quantkit.cli.report:report",
+    "recommend": "quantkit.cli.recommend:recommend",
     "ci": "quantkit.cli.ci:ci",
     "recipes": "quantkit.cli.recipes:recipes",
     "bench": "quantkit.cli.bench:bench",

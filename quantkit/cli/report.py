@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantkit.report.schema import Report
 
 _KINDS = ("text", "tasks", "speed")
-_LIBRARIES = {"lm_eval": "eval", "scipy": "eval", "matplotlib": "report"}
+_LIBRARIES = {"lm_eval": "eval", "scipy": "eval", "matplotlib": "report", "tensorboard": "track", "wandb": "track"}
 
 
 def _kinds(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
@@ -58,6 +58,8 @@ def _requests(_: click.Context, __: click.Parameter, value: str) -> tuple[int, .
 @click.option("--check", "check_file", type=click.Path(path_type=Path),
               help="Make the checkpoints that this file names and fail where they are worse than it says.")
 @click.option("--update", is_flag=True, help="Write what was found into the file of --check instead of failing.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where answers and states are kept.  [default: the user's cache]")
+@click.option("--fresh", "is_fresh", is_flag=True, help="Measure everything anew.")
 @click.option("--tensorboard", type=click.Path(path_type=Path, file_okay=False), help="Folder for TensorBoard's files.")
 @click.option("--wandb", metavar="PROJECT", help="Log a run for each checkpoint to Weights & Biases (WANDB_MODE=offline keeps them here).")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
@@ -67,9 +69,9 @@ def report(
 ) -> None:  # fmt: skip
     """Report on checkpoints of one model: size, loss, answers, speed.
 
-    INPUTS are checkpoints (folders, hub ids) or report.json files of earlier reports. What is not known of a checkpoint is measured against the
-    baseline; what an earlier run into the same folder found is taken over, so that a stopped run goes on. The folder gets report.html, report.md and
-    report.json, and with --check report.xml for JUnit.
+    INPUTS are checkpoints (folders, hub ids), report.json files of earlier reports, or JSON files of `quantkit eval --tasks`. What is not known of a
+    checkpoint is measured against the baseline; what an earlier run into the same folder found is taken over, so that a stopped run goes on. The
+    folder gets report.html, report.md and report.json, and with --check report.xml for JUnit.
 
     \b
     quantkit report out-gptq out-awq --baseline org/name
@@ -80,6 +82,8 @@ def report(
     try:
         from quantkit.report.check import CheckFile
         from quantkit.report.measure import MeasureOptions, set_threads
+
+        _require_libraries(tensorboard=tensorboard is not None, wandb=wandb is not None)
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     if update and check_file is None:
@@ -120,6 +124,8 @@ def _collected(
     inputs: tuple[str, ...], baseline: str | None, folder: Path, settings: MeasureOptions, expected: CheckFile | None
 ) -> Report:  # fmt: skip
     from quantkit.cli.block_progress import block_progress
+    from quantkit.evaluation.document import read_any
+    from quantkit.evaluation.results import ScoreReport
     from quantkit.report.build import build_report
     from quantkit.report.make import make_checkpoints
     from quantkit.report.schema import Report
@@ -128,20 +134,23 @@ def _collected(
         click.echo(what, err=True)
 
     files = [Path(each) for each in inputs if each.endswith(".json")]
-    earlier = [Report.read(path) for path in files]
+    read = [read_any(path, Report, ScoreReport) for path in files]
+    earlier, scores = [each for each in read if isinstance(each, Report)], [each for each in read if isinstance(each, ScoreReport)]
     sources = [each for each in inputs if not each.endswith(".json")]
     code = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
     if expected is not None:
         baseline, sources = baseline or expected.source, make_checkpoints(expected, folder / "checkpoints", told=tell, **code)
-    baseline = baseline or (earlier[0].baseline.source if earlier else None)
+    baselines = [*(each.baseline.source for each in earlier), *(each.baseline.source for each in scores if each.baseline is not None)]
+    baseline = baseline or next(iter(baselines), None)
     if baseline is None:
         raise UsageError("name the original with --baseline; every figure is beside its own")
     own = folder / "report.json"
-    known = [*earlier, *([Report.read(own)] if own.is_file() and own not in files and expected is None else [])]
+    known = [*earlier, *([Report.read(own)] if own.is_file() and own not in files and expected is None and not settings.is_fresh else [])]
     with block_progress() as progress:
         return build_report(
-            sources, baseline, settings, command=command_line(), known=known, save=lambda found: found.write(own), told=tell, progress=progress
-        )
+            sources, baseline, settings, command=command_line(), known=known, scores=scores, save=lambda found: found.write(own), told=tell,
+            progress=progress,
+        )  # fmt: skip
 
 
 def _written(found: Report, folder: Path, expected: CheckFile | None) -> list[Finding] | None:
@@ -170,6 +179,16 @@ def _written(found: Report, folder: Path, expected: CheckFile | None) -> list[Fi
         console.print(verdict(findings).strip("*") if findings else "the file has no figures yet; --update writes these into it")
     click.echo(f"written to {folder}: report.html, report.md, report.json{', report.xml' if findings is not None else ''}", err=True)
     return findings
+
+
+def _require_libraries(*, tensorboard: bool, wandb: bool) -> None:
+    """Before anything is measured. Raises ModuleNotFoundError."""
+    import matplotlib  # noqa: F401
+
+    if tensorboard:
+        import tensorboard as _  # noqa: F401
+    if wandb:
+        import wandb as __  # noqa: F401
 
 
 def _missing(error: ModuleNotFoundError) -> Exception:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,13 +43,17 @@ class Document(Part):
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises UsageError: it cannot be read, or is not of this kind and schema version."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"results file {path} cannot be read: {error}") from error
-        kind, version = (cls.model_fields[name].default for name in ("kind", "schema_version"))
-        if not isinstance(content, dict) or content.get("kind") != kind:
-            raise UsageError(f"{path} is not {cls.WHAT}")
+        return read_any(path, cls)
+
+    @classmethod
+    def is_of(cls, content: Any) -> bool:
+        """Whether the content of a file says that it is of this kind."""
+        return isinstance(content, dict) and content.get("kind") == cls.model_fields["kind"].default
+
+    @classmethod
+    def parse(cls, content: dict[str, Any], path: Path) -> Self:
+        """Raises UsageError: the content of the file is of another schema version, or not what the schema says."""
+        version = cls.model_fields["schema_version"].default
         if content.get("schema_version") != version:
             raise UsageError(f"{path} has schema version {content.get('schema_version')}, this quantkit reads {version}; {cls.AGAIN}")
         try:
@@ -60,6 +65,25 @@ class Document(Part):
     @classmethod
     def schema(cls) -> str:
         return json.dumps(cls.model_json_schema(), indent=1) + "\n"
+
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+def read_any(path: Path, *kinds: type[AnyDocument]) -> AnyDocument:
+    """A file of one of some kinds.
+
+    Raises:
+        UsageError: it cannot be read, is of none of them, or of another schema version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"results file {path} cannot be read: {error}") from error
+    for kind in kinds:
+        if kind.is_of(content):
+            return kind.parse(content, path)
+    raise UsageError(f"{path} is not {' or '.join(kind.WHAT for kind in kinds)}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,5 +98,6 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise OutputError(f"results cannot be written to {path}: {error.strerror}") from error

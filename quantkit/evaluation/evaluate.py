@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.digest import content_digest
 from quantkit.checkpoint.source import resolve
 from quantkit.core.divergence import DivergenceResult, PerplexityResult
-from quantkit.errors import UsageError, did_you_mean
+from quantkit.errors import SourceError, UsageError, did_you_mean
 from quantkit.evaluation.continuations import ContinuationResult, compare_continuations
 from quantkit.evaluation.kept_states import states_file
 from quantkit.evaluation.rows import default_text, rows_of_text, rows_of_tokens
@@ -123,11 +124,11 @@ def evaluate(
     )  # fmt: skip
 
 
-def _kept(baseline: str, rows: TokenRows, options: EvaluationOptions) -> Path:
-    reader = CheckpointReader(resolve(baseline, trust_remote_code=options.trust_remote_code).folder)
-    identity = f"{reader.fingerprint()} {find_device(options.device)}"
+def _kept(baseline: str, rows: TokenRows, options: EvaluationOptions) -> Path | None:
+    folder = resolve(baseline, trust_remote_code=options.trust_remote_code).folder
+    identity = f"{content_digest(folder)} {find_device(options.device)} {version('transformers')}"
     path = states_file(options.cache_dir or cache_folder("states"), identity, rows, DTYPES[options.dtype])
-    if options.is_fresh:
+    if options.is_fresh and path is not None:
         path.unlink(missing_ok=True)
     return path
 
@@ -137,14 +138,28 @@ def _open(model: str | Path, label: str, options: EvaluationOptions) -> Streamed
     return open_streamed(folder, label, trust_remote_code=options.trust_remote_code)
 
 
+def _require_same_tokens(model: str | Path, baseline: str | Path | None, own: Any, other: Any) -> None:
+    """Raises SourceError where an id means one token to one model and another to the other: what they say of it cannot be compared."""
+    meanings = {number: token for token, number in other.get_vocab().items()}
+    odd = [(number, token) for token, number in own.get_vocab().items() if meanings.get(number, token) != token]
+    if odd:
+        number, token = min(odd)
+        reason = f"{len(odd):,} ids mean other tokens, such as {number}: {token!r} and {meanings[number]!r}"
+        raise SourceError(f"{model} has another tokenizer than {baseline} ({reason}), so they cannot be compared")
+
+
 def _rows(model: str | Path, baseline: str | Path | None, quantized: StreamedModel, options: EvaluationOptions) -> tuple[TokenRows, str]:
     architecture = quantized.architecture
     if options.tokens is not None:
         rows = rows_of_tokens(options.tokens, vocabulary=quantized.vocabulary, context=architecture.context, max_tokens=options.max_tokens)
         return rows, str(options.tokens)
     folders = [resolve(str(m), trust_remote_code=options.trust_remote_code).folder for m in (model, baseline) if m]
-    folder = next((f for f in folders if has_tokenizer(f)), folders[0])
-    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    tokenizers = [load_tokenizer(folder, trust_remote_code=options.trust_remote_code) for folder in folders if has_tokenizer(folder)]
+    if not tokenizers:
+        load_tokenizer(folders[0], trust_remote_code=options.trust_remote_code)  # says what is missing
+    if len(tokenizers) > 1:
+        _require_same_tokens(model, baseline, *tokenizers)
+    tokenizer = tokenizers[0]
     path = options.text or default_text()
     rows = rows_of_text(path, tokenizer, context=architecture.context, seq_len=options.seq_len, max_tokens=options.max_tokens)
     return rows, str(path) if options.text else "held-out prose of the reference model (built in; give a text of your own with --text)"

@@ -6,26 +6,24 @@ Logits come of them by the model's own head, exactly; they are as much smaller o
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 
 import torch
 
-from quantkit.errors import OutputError
 from quantkit.models.compare import TokenRows
 
+_log = logging.getLogger("quantkit")
 MAX_BYTES = 8 << 30
 """Of all that is kept; the oldest go."""
 
 
-def states_file(folder: Path, fingerprint: str, rows: TokenRows, dtype: torch.dtype) -> Path:
-    """Where the states of a model on rows are kept.
+def states_file(folder: Path, fingerprint: str, rows: TokenRows, dtype: torch.dtype) -> Path | None:
+    """Where the states of a model on rows are kept; None where nothing can be, which is said.
 
     Args:
         fingerprint: of the model's configuration and weights.
         dtype: in which its blocks are computed.
-
-    Raises:
-        OutputError: nothing can be kept there.
     """
     digest = hashlib.sha256(f"{fingerprint} {dtype} {torch.__version__} {tuple(rows.input_ids.shape)}".encode())
     for part in (rows.input_ids, rows.position_ids):
@@ -34,7 +32,8 @@ def states_file(folder: Path, fingerprint: str, rows: TokenRows, dtype: torch.dt
         folder.mkdir(parents=True, exist_ok=True)
         _make_room(folder)
     except OSError as error:
-        raise OutputError(f"states cannot be kept in {folder}: {error.strerror}; name another folder with --cache-dir") from error
+        _log.warning("the baseline's states cannot be kept in %s (%s); the next run computes them again", folder, error.strerror)
+        return None
     return folder / f"{digest.hexdigest()[:24]}.safetensors"
 
 

@@ -45,7 +45,7 @@ class Settings(Part):
 
 class ScoredModel(Part):
     source: str
-    fingerprint: str = Field(description="sha256 over configuration, tokenizer and samples of the weights")
+    fingerprint: str = Field(description="sha256 over configuration, tokenizer and weights")
     num_requests: int
     num_known: int = Field(description="requests that an earlier run had answered")
     num_cut: int = Field(description="requests longer than the context, which lost their beginning")

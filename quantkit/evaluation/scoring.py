@@ -22,7 +22,7 @@ import torch
 from lm_eval.evaluator import evaluate
 from tqdm import tqdm
 
-from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.digest import content_digest
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import Interrupted, UsageError, did_you_mean
 from quantkit.evaluation import results
@@ -116,7 +116,7 @@ def score(
 
 def _run(source: str, folder: Path, tasks: OpenTasks, options: ScoringOptions, *, is_baseline: bool) -> tuple[TaskRun, results.ScoredModel]:
     """One model's answers; its memory is free again afterwards."""
-    started, fingerprint = time.monotonic(), _fingerprint(folder)
+    started, fingerprint = time.monotonic(), model_fingerprint(folder)
     engine: dict[str, Any] = {"mode": options.mode, "device": options.device, "context": options.context}
     if not is_baseline:
         engine |= {"quantization": options.quantization, "kv_cache_dtype": options.kv_cache_dtype}
@@ -151,8 +151,9 @@ def _remembering(source: str, fingerprint: str, engine: dict[str, Any], options:
     return RememberingLM(lambda: EngineLM(LLM(source, **engine, trust_remote_code=options.trust_remote_code)), answers), answers
 
 
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256(CheckpointReader(folder).fingerprint().encode())
+def model_fingerprint(folder: Path) -> str:
+    """sha256 over configuration, tokenizer and weights."""
+    digest = hashlib.sha256(content_digest(folder).encode())
     for name in _TOKENIZER:
         path = folder / name
         digest.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))

@@ -2,89 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+from quantkit.checkpoint.source import resolve
 from quantkit.errors import UsageError
 from quantkit.evaluation import results
+from quantkit.evaluation.results import ScoreReport
+from quantkit.evaluation.scoring import model_fingerprint
+from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.compare import Progress
 from quantkit.report.describe import describe
-from quantkit.report.measure import MeasureOptions, measure_speed, measure_tasks, measure_text
-from quantkit.report.schema import CheckpointResult, Report
+from quantkit.report.measure import KINDS, MeasureOptions, measure_speed, measure_tasks, measure_text, settings_key
+from quantkit.report.schema import CheckpointResult, Provenance, Report, TaskResult
 
 Told = Callable[[str], None]
 
 
 def build_report(
-    sources: Sequence[str], baseline: str, options: MeasureOptions, *, command: str, known: Sequence[Report] = (),
+    sources: Sequence[str], baseline: str, options: MeasureOptions, *, command: str, known: Sequence[Report] = (), scores: Sequence[ScoreReport] = (),
     save: Callable[[Report], None] | None = None, told: Told | None = None, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Describe and measure checkpoints of one model.
 
     Args:
         sources, baseline: folders, hub ids or "reference".
-        known: earlier reports: their checkpoints are taken over, by fingerprint, and what was measured of them as it is asked for now.
-        save: called with the report after every measurement, so that nothing is lost where the next one fails.
+        known: earlier reports beside the same baseline. Their checkpoints are taken over; a result is, where it is not asked for or was found by the
+            same settings, the newest where there are several.
+        scores: results of `quantkit eval --tasks` against the same baseline: their models are reported on too, with these answers.
+        save: called with the report at first and after every measurement, so that nothing is lost where the next one fails.
         told: what is done next, in words.
 
     Raises:
-        UsageError: two checkpoints go by one name, or there is none.
+        UsageError: two checkpoints go by one name, an earlier report is beside another baseline, or there is no checkpoint.
         QuantkitError: a checkpoint cannot be opened or measured; what was found before is saved.
     """
     code = {"trust_remote_code": options.trust_remote_code}
-    earlier = next((report.baseline for report in known if report.baseline.source == baseline), None)
-    base = earlier if earlier is not None and not sources else describe(baseline, **code)  # reports may come from other machines
-    found = {each.name: each for each in (_with_known(describe(source, **code), known, options) for source in sources)}
-    if len(found) < len(sources):
-        raise UsageError("two checkpoints go by the same name; give folders of different names")
+    base = next((report.baseline for report in known if report.baseline.source == baseline and not sources and not scores), None)
+    base = base or describe(baseline, **code)  # reports may come from machines that had it
     for report in known:
-        for each in report.checkpoints:
-            if all(each.fingerprint != other.fingerprint for other in found.values()):
-                found.setdefault(each.name, each)
-    if not found:
-        raise UsageError("there is no checkpoint to report on; name folders, or earlier reports")
-    own_speed = next((report.baseline.speed for report in known if report.baseline.fingerprint == base.fingerprint), None)
-    base = base.model_copy(update={"speed": own_speed})
+        if report.baseline.fingerprint != base.fingerprint:
+            reason = f"an earlier report is beside {report.baseline.source}, whose weights are others than those of {baseline}"
+            raise UsageError(f"{reason}; give another --output, or leave that report out")
+    sources = list(dict.fromkeys([*sources, *(each.model.source for each in scores)]))
+    if options.kinds:
+        for source in sources:
+            OpenedCheckpoint.of(resolve(source, **code))  # before anything is measured, all can be
+    found = _named([
+        *(describe(source, **code) for source in sources),
+        *(_bare(each) for report in known for each in report.checkpoints),
+    ])  # fmt: skip
+    for name, each in found.items():
+        found[name] = each.model_copy(update=_known_of(each, base, known, options))
+    for each in scores:
+        own = next(checkpoint for checkpoint in found.values() if checkpoint.source == each.model.source)
+        found[own.name] = own.model_copy(update={"tasks": _answers(each, baseline)})
 
-    def report() -> Report:
+    def report_now() -> Report:
         return Report(date=results.now(), command=command, versions=results.versions(), baseline=base, checkpoints=list(found.values()))
 
     def keep(name: str, **update: object) -> None:
         found[name] = found[name].model_copy(update=update)
         if save is not None:
-            save(report())
+            save(report_now())
 
-    for name, source in zip([*found][: len(sources)], sources, strict=True):
+    if save is not None:
+        save(report_now())  # a place that cannot be written is found before any work
+    for name in [each.name for each in found.values() if each.source in sources]:
+        source = found[name].source
         for kind in options.kinds:
             if getattr(found[name], kind) is not None:
                 continue
             if told is not None:
                 told(f"{name}: {kind}")
             if kind == "text":
-                keep(name, text=measure_text(source, baseline, options, command, progress))
+                keep(name, text=measure_text(source, baseline, options, command, base.fingerprint, progress))
             elif kind == "tasks":
-                keep(name, tasks=measure_tasks(source, baseline, options, command))
+                keep(name, tasks=measure_tasks(source, baseline, options, command, base.fingerprint))
             else:
-                own, other = measure_speed(source, baseline, options, command)
-                base = base.model_copy(update={"speed": other})
-                keep(name, speed=own)
-    return report()
+                keep(name, speed=measure_speed(source, baseline, options, command, base.fingerprint))
+    return report_now()
 
 
-def _with_known(checkpoint: CheckpointResult, known: Sequence[Report], options: MeasureOptions) -> CheckpointResult:
-    """With what earlier reports have of the same weights, measured as now by the same version."""
-    for report in known:
-        for each in report.checkpoints:
-            if each.fingerprint == checkpoint.fingerprint and report.versions == results.versions():
-                return checkpoint.model_copy(update=_as_asked(each, options))
-    return checkpoint
+def _named(checkpoints: Iterable[CheckpointResult]) -> dict[str, CheckpointResult]:
+    """By name, the same weights once."""
+    found: dict[str, CheckpointResult] = {}
+    for each in checkpoints:
+        if any(each.fingerprint == other.fingerprint for other in found.values()):
+            continue
+        if each.name in found:
+            both = f"{found[each.name].source} and {each.source}"
+            raise UsageError(f"two checkpoints go by the name {each.name!r}: {both}; give them folders of other names")
+        found[each.name] = each
+    if not found:
+        raise UsageError("there is no checkpoint to report on; name folders, or earlier reports")
+    return found
 
 
-def _as_asked(each: CheckpointResult, options: MeasureOptions) -> dict[str, object]:
-    kept: dict[str, object] = {}
-    if each.text is not None and options.text is None and options.seq_len in (None, each.text.seq_len):
-        kept["text"] = each.text
-    if each.tasks is not None and each.tasks.suite == options.suite and each.tasks.settings.mode == options.mode:
-        kept["tasks"] = each.tasks
-    if each.speed is not None and each.speed.mode == options.mode and [load.num_requests for load in each.speed.loads] == list(options.requests):
-        kept["speed"] = each.speed
-    return kept
+def _bare(checkpoint: CheckpointResult) -> CheckpointResult:
+    return checkpoint.model_copy(update=dict.fromkeys(KINDS))
+
+
+def _known_of(checkpoint: CheckpointResult, base: CheckpointResult, known: Sequence[Report], options: MeasureOptions) -> dict[str, object]:
+    """Of each kind, what is known of the same weights and, where that kind is asked for, was found in the way it is asked for now."""
+    found: dict[str, object] = {}
+    for kind in KINDS:
+        earlier = [getattr(each, kind) for report in known for each in report.checkpoints if each.fingerprint == checkpoint.fingerprint]
+        if kind in options.kinds:
+            key = settings_key(kind, options, base.fingerprint)
+            earlier = [each for each in earlier if each is not None and each.key == key]
+        found[kind] = _newest(earlier)
+    return found
+
+
+def _newest(found: Iterable[Any]) -> Any:
+    """The result that was made last; None of none."""
+    return max((each for each in found if each is not None), key=lambda each: each.made.date, default=None)
+
+
+def _answers(scores: ScoreReport, baseline: str) -> TaskResult:
+    """Raises UsageError: they are of other weights than the checkpoint has now, or beside another baseline."""
+    for model, source in ((scores.model, scores.model.source), (scores.baseline, baseline)):
+        if model is None or model.fingerprint != model_fingerprint(Path(resolve(source).folder)):
+            raise UsageError(f"the scores of {scores.model.source} were made with other weights than {source} has; run the evaluation again")
+    made = Provenance(date=scores.date, command=scores.command, versions=scores.versions, machine=scores.machine)
+    return TaskResult(
+        made=made, key="", suite=scores.suite, settings=scores.settings, is_partial_data=scores.is_partial_data, scores=scores.scores
+    )

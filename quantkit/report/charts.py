@@ -99,23 +99,29 @@ def _recoveries(report: Report) -> Chart | None:
 
 
 def _throughput(report: Report) -> Chart | None:
-    return _of_load(report, "Output under load", "tokens a second, all requests", "output_rate")
+    return _of_load(report, "Output under load", "times the original's, in turns", is_ratio=True)
 
 
 def _first_tokens(report: Report) -> Chart | None:
-    return _of_load(report, "Time to the first token under load", "ms, median", "first_token_ms")
+    return _of_load(report, "Time to the first token under load", "ms, median", is_ratio=False)
 
 
-def _of_load(report: Report, title: str, label: str, field: str) -> Chart | None:
+def _of_load(report: Report, title: str, label: str, *, is_ratio: bool) -> Chart | None:
     kept = [(number, each) for number, each in enumerate(report.checkpoints) if each.speed is not None]
     if not kept:
         return None
     with _axes() as (figure, axes):
-        for number, each in [(None, report.baseline), *kept]:
+        if is_ratio:
+            axes.axhline(1, color=_BASE, linestyle=":", linewidth=1.2)
+        for number, each in kept:
             loads = each.speed.loads if each.speed is not None else []
-            style = {"color": _BASE, "linestyle": ":", "marker": "o", "markersize": 4} if number is None else _mark(number)
-            axes.plot([load.num_requests for load in loads], [getattr(load, field) for load in loads], **style)
-        axes.set(xlabel="requests at once (dotted: the original)", ylabel=label, xscale="log", yscale="log")
+            counts = [load.num_requests for load in loads]
+            if is_ratio:
+                reach = [[load.ratio - load.ratio_low for load in loads], [load.ratio_high - load.ratio for load in loads]]
+                axes.errorbar(counts, [load.ratio for load in loads], reach, **_mark(number), elinewidth=1, capsize=3)
+            else:
+                axes.plot(counts, [load.first_token_ms for load in loads], **_mark(number))
+        axes.set(xlabel=f"requests at once{' (dotted: the original)' if is_ratio else ''}", ylabel=label, xscale="log", yscale="log")
         counts = sorted({load.num_requests for _, each in kept if each.speed is not None for load in each.speed.loads})
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.xaxis.set_minor_formatter(NullFormatter())

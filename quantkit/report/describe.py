@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from quantkit.checkpoint.reader import CheckpointReader
+from transformers import PretrainedConfig
+
+from quantkit.checkpoint.digest import content_digest
 from quantkit.checkpoint.source import resolve
 from quantkit.conversion.outcome import REPORT_FILE
-from quantkit.formats.summary import Summary, summarize
+from quantkit.errors import UsageError
+from quantkit.formats.summary import summarize
 from quantkit.models.architecture import load_config
 from quantkit.report.schema import CheckpointResult, Conversion, LayerError
+
+Matrix = tuple[str, tuple[int, ...], int]
+"""A stored tensor's name, shape and bytes."""
 
 
 def describe(source: str, *, name: str | None = None, trust_remote_code: bool = False) -> CheckpointResult:
@@ -22,13 +29,17 @@ def describe(source: str, *, name: str | None = None, trust_remote_code: bool = 
         name: what to call it; the folder's own where None.
 
     Raises:
-        SourceError, CheckpointError: it is not there, or not whole.
+        SourceError, CheckpointError: it is not there, or not whole. UsageError: its name cannot be written.
     """
+    try:
+        source.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the name {source!r} is not UTF-8, so no report can hold it; give the folder another name") from error
     folder = resolve(source, trust_remote_code=trust_remote_code).folder
     summary = summarize(folder)
     schemes = Counter(layer.scheme for layer in summary.layers)
     return CheckpointResult(
-        name=name or Path(source).name or source, source=source, fingerprint=CheckpointReader(folder).fingerprint(),
+        name=name or Path(source).name or source, source=source, fingerprint=content_digest(folder),
         container=summary.container or "unquantized", schemes=dict(sorted(schemes.items())), file_bytes=summary.file_bytes,
         bits_per_weight=summary.linear_bpw, conversion=_conversion(folder),
     )  # fmt: skip
@@ -37,20 +48,23 @@ def describe(source: str, *, name: str | None = None, trust_remote_code: bool = 
 def bytes_per_token(source: str, *, trust_remote_code: bool = False) -> int:
     """Weights, in bytes as they are stored, that one token of one request reads: all but the embedding's other rows and the experts not chosen."""
     folder = resolve(source, trust_remote_code=trust_remote_code).folder
-    text = load_config(folder, trust_remote_code=trust_remote_code).get_text_config()
+    summary = summarize(folder)
+    matrices = [(part.name, part.shape, part.num_bytes) for part in (*summary.layers, *summary.unquantized)]
+    return weights_read(matrices, load_config(folder, trust_remote_code=trust_remote_code))
+
+
+def weights_read(matrices: Iterable[Matrix], config: PretrainedConfig) -> int:
+    """The same of stored tensors."""
+    text, matrices = config.get_text_config(), list(matrices)
     experts = next((getattr(text, name) for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(text, name, None)), 0)
-    chosen = getattr(text, "num_experts_per_tok", None) or experts
-    return weights_read(summarize(folder), vocabulary=int(text.vocab_size), experts=experts, chosen=chosen)
-
-
-def weights_read(summary: Summary, *, vocabulary: int, experts: int, chosen: int) -> int:
-    """The same of a summary; `chosen` of the `experts` of a layer are read."""
+    share = (getattr(text, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+    has_head = any(name.startswith(("lm_head.", "embed_out.")) for name, _, _ in matrices)
     total = 0.0
-    for part in (*summary.layers, *summary.unquantized):
-        is_embedding = part.shape[0] == vocabulary and ("embed" in part.name or "wte" in part.name)
-        if is_embedding and not summary.is_tied:
+    for name, shape, num_bytes in matrices:
+        is_embedding = bool(shape) and shape[0] == text.vocab_size and ("embed" in name or "wte" in name) and not name.startswith("embed_out.")
+        if is_embedding and has_head:
             continue
-        total += part.num_bytes * (chosen / experts if experts and ".experts." in part.name else 1)
+        total += num_bytes * (share if ".experts." in name else 1)
     return round(total)
 
 

@@ -17,7 +17,7 @@ def markdown(report: Report, findings: Sequence[Finding] | None = None) -> str:
     lines = [f"## quantkit: {len(report.checkpoints)} of {report.baseline.name}", ""]
     if findings:
         lines += [verdict(findings), "", *table(words.findings_table([each for each in findings if _has_moved(each)])), ""]
-    lines += [*table(words.overview(report)), ""]
+    lines += [*(f"> {warning}" for warning in words.warnings(report)), *table(words.overview(report)), ""]
     for title, each in (("Answers", words.answers(report)), ("Tails and greedy texts", words.tails(report)), ("Speed", words.speeds(report))):
         if each[1]:
             lines += [f"### {title}", "", *table(each), ""]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -38,6 +41,7 @@ class MeasureOptions:
         turns: how often model and baseline take turns.
         mode: of the runtime, for answers and speed.
         cache_dir: where answers and states are kept; None for the user's cache.
+        is_fresh: what is kept there is not used.
     """
 
     kinds: tuple[str, ...] = KINDS
@@ -53,6 +57,7 @@ class MeasureOptions:
     mode: Mode = "fast"
     device: str = "auto"
     cache_dir: Path | None = None
+    is_fresh: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -63,61 +68,88 @@ class MeasureOptions:
             raise UsageError(f"unknown mode {self.mode!r}; {did_you_mean(self.mode, get_args(Mode))}")
 
 
+def settings_key(kind: str, options: MeasureOptions, baseline: str) -> str:
+    """Of all that decides a result of this kind beside the checkpoint.
+
+    Args:
+        baseline: its fingerprint.
+    """
+    versions = results.versions()
+    asked: dict[str, object] = {"baseline": baseline, "device": str(find_device(options.device)), "quantkit": versions.quantkit}
+    if kind == "text":
+        text = hashlib.sha256(options.text.read_bytes()).hexdigest() if options.text is not None and options.text.is_file() else None
+        asked |= {"text": text, "seq_len": options.seq_len, "max_tokens": options.max_tokens}
+    elif kind == "tasks":
+        asked |= {"suite": Suite.load(options.suite).model_dump(), "mode": options.mode, "data": options.data_dir and str(options.data_dir.resolve())}
+        asked |= {"lm_eval": versions.lm_eval}
+    else:
+        machine = results.machine()
+        asked |= {name: getattr(options, name) for name in ("mode", "requests", "num_prompt", "num_output", "turns")}
+        asked |= {"machine": machine.gpu or machine.processor, "threads": machine.threads, "torch": versions.torch}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
 def provenance(command: str) -> Provenance:
     return Provenance(date=results.now(), command=command, versions=results.versions(), machine=results.machine())
 
 
-def measure_text(source: str, baseline: str, options: MeasureOptions, command: str, progress: Progress | None = None) -> TextResult:
-    """Raises what `evaluate` raises: models of unlike vocabularies, broken weights."""
+def measure_text(
+    source: str, baseline: str, options: MeasureOptions, command: str, fingerprint: str, progress: Progress | None = None
+) -> TextResult:  # fmt: skip
+    """`fingerprint` is the baseline's. Raises what `evaluate` raises: models of unlike vocabularies, broken weights."""
     asked = EvaluationOptions(
         text=options.text, seq_len=options.seq_len, max_tokens=options.max_tokens, device=options.device, with_continuations=True,
-        cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code,
+        cache_dir=options.cache_dir, is_fresh=options.is_fresh, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     found = evaluate(source, baseline=baseline, options=asked, progress=progress)
     assert found.divergence is not None
     return TextResult(
-        made=provenance(command), measured_on=found.measured_on, seq_len=found.seq_len, result=found.divergence, continuations=found.continuations
-    )
+        made=provenance(command), key=settings_key("text", options, fingerprint), measured_on=found.measured_on, seq_len=found.seq_len,
+        result=found.divergence, continuations=found.continuations,
+    )  # fmt: skip
 
 
-def measure_tasks(source: str, baseline: str, options: MeasureOptions, command: str) -> TaskResult:
+def measure_tasks(source: str, baseline: str, options: MeasureOptions, command: str, fingerprint: str) -> TaskResult:
     """Raises what `score` raises; answers that are kept are not asked for again."""
     suite = Suite.load(options.suite)
     asked = ScoringOptions(
-        mode=options.mode, device=options.device, data_dir=options.data_dir, cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code
-    )
+        mode=options.mode, device=options.device, data_dir=options.data_dir, cache_dir=options.cache_dir, is_fresh=options.is_fresh,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
     found = score(source, suite.tasks, baseline=baseline, options=asked, suite=options.suite, command=command)
     made = Provenance(date=found.date, command=command, versions=found.versions, machine=found.machine)
-    return TaskResult(made=made, suite=found.suite, settings=found.settings, is_partial_data=found.is_partial_data, scores=found.scores)
+    key = settings_key("tasks", options, fingerprint)
+    return TaskResult(made=made, key=key, suite=found.suite, settings=found.settings, is_partial_data=found.is_partial_data, scores=found.scores)
 
 
-def measure_speed(source: str, baseline: str, options: MeasureOptions, command: str) -> tuple[SpeedResult, SpeedResult]:
-    """Of the model and of the baseline, in turns. Both are in memory."""
+def measure_speed(source: str, baseline: str, options: MeasureOptions, command: str, fingerprint: str) -> SpeedResult:
+    """In turns with the baseline. Both are in memory."""
     settings = {"mode": options.mode, "device": options.device, "trust_remote_code": options.trust_remote_code, "prefix_caching": False}
     models = [LLM(each, **settings, max_sequences=max(options.requests)) for each in (baseline, source)]
     shorter = min(llm.engine.scheduler.max_length for llm in models)
     num_output = min(options.num_output, shorter // 4)
     num_prompt = min(options.num_prompt, shorter // 4)
     base, own = measure(models, requests=options.requests, num_prompt=num_prompt, num_output=num_output, turns=options.turns)
-    bandwidth = read_bandwidth(find_device(options.device))
-
-    def result(speed: Speed, name: str) -> SpeedResult:
-        loads = [_load_point(speed, base, count) for count in options.requests]
-        return SpeedResult(
-            made=provenance(command), mode=options.mode, num_prompt=num_prompt, num_output=num_output, turns=options.turns,
-            prompt_rate=sorted(speed.prompt_rate)[len(speed.prompt_rate) // 2], loads=loads,
-            bytes_per_token=bytes_per_token(name, trust_remote_code=options.trust_remote_code), bandwidth=bandwidth,
-        )  # fmt: skip
-
-    return result(own, source), result(base, baseline)
+    return SpeedResult(
+        made=provenance(command), key=settings_key("speed", options, fingerprint), mode=options.mode, num_prompt=num_prompt, num_output=num_output,
+        turns=options.turns, prompt_rate=sorted(own.prompt_rate)[len(own.prompt_rate) // 2],
+        loads=[_load_point(own, base, count) for count in options.requests],
+        bytes_per_token=bytes_per_token(source, trust_remote_code=options.trust_remote_code), bandwidth=_bandwidth(find_device(options.device)),
+    )  # fmt: skip
 
 
 def _load_point(speed: Speed, base: Speed, count: int) -> LoadPoint:
     load, (ratio, low, high) = speed.median(count), ratios(speed, base, count)
     return LoadPoint(
-        num_requests=count, output_rate=load.output_rate, first_token_ms=load.first_token_ms, inter_token_ms=load.inter_token_ms,
-        ratio=ratio, ratio_low=low, ratio_high=high,
+        num_requests=count, output_rate=load.output_rate, baseline_rate=base.median(count).output_rate, ratio=ratio, ratio_low=low, ratio_high=high,
+        first_token_ms=load.first_token_ms, inter_token_ms=load.inter_token_ms,
     )  # fmt: skip
+
+
+@cache
+def _bandwidth(device: torch.device) -> float:
+    """Measured once, so that all limits of a report are of one machine's one number."""
+    return read_bandwidth(device)
 
 
 def set_threads(count: int | None) -> None:

@@ -38,20 +38,25 @@ class Conversion(Part):
     versions: dict[str, str]
 
 
-class TextResult(Part):
-    """Next-token distributions against the baseline's on the same text."""
+class Measured(Part):
+    """A result with its origin."""
 
     made: Provenance
+    key: str = Field(description="of all that was asked for and the baseline: results of equal keys are not measured again; empty for those taken in")
+
+
+class TextResult(Measured):
+    """Next-token distributions against the baseline's on the same text."""
+
     measured_on: str
     seq_len: int
     result: DivergenceResult
     continuations: ContinuationResult | None
 
 
-class TaskResult(Part):
+class TaskResult(Measured):
     """lm-eval's tasks, answered by both models."""
 
-    made: Provenance
     suite: str | None
     settings: Settings
     is_partial_data: bool
@@ -65,15 +70,15 @@ class LoadPoint(Part):
     output_rate: float = Field(description="tokens a second over all requests")
     first_token_ms: float = Field(description="median over requests")
     inter_token_ms: float
+    baseline_rate: float = Field(description="output of the baseline in the same turns, median")
     ratio: float = Field(description="output over the baseline's, median over turns of both")
     ratio_low: float = Field(description="the lowest of any turn")
     ratio_high: float
 
 
-class SpeedResult(Part):
+class SpeedResult(Measured):
     """Speed in quantkit's runtime, in turns with the baseline."""
 
-    made: Provenance
     mode: str
     num_prompt: int = Field(description="tokens of each prompt")
     num_output: int
@@ -94,7 +99,7 @@ class CheckpointResult(Part):
 
     name: str
     source: str
-    fingerprint: str = Field(description="sha256 over configuration and samples of the weights")
+    fingerprint: str = Field(description="sha256 over configuration and weight files")
     container: str
     schemes: dict[str, int] = Field(description="layers by scheme")
     file_bytes: int

@@ -16,7 +16,7 @@ def overview(report: Report) -> Table:
     """A row for each checkpoint: what it is, what it weighs, what it cost, how fast it is."""
     heads = ("checkpoint", "container", "layers", "size", "of the original", "KL divergence", "same top token", "PPL ratio", "output tokens/s")
     base = report.baseline
-    rows = [(base.name, base.container, "", size(base.file_bytes), "100%", "", "", "", _rates(base))]
+    rows = [(base.name, base.container, "", size(base.file_bytes), "100%", "", "", "", "")]
     for each in report.checkpoints:
         text = each.text.result if each.text is not None else None
         rows.append((
@@ -58,16 +58,19 @@ def tails(report: Report) -> Table:
 
 def speeds(report: Report) -> Table:
     """A row for each checkpoint and number of requests."""
-    heads = ("checkpoint", "requests at once", "output tokens/s", "of the baseline's", "first token", "between tokens", "limit by memory")
+    heads = (
+        "checkpoint", "requests at once", "output tokens/s", "the original beside it", "ratio, and of single turns", "first token", "between tokens",
+        "limit by memory",
+    )  # fmt: skip
     rows = []
-    for each in (report.baseline, *report.checkpoints):
-        if each.speed is None:
-            continue
-        for load in each.speed.loads:
-            ratio = "1" if each is report.baseline else f"{load.ratio:.2f} ({load.ratio_low:.2f} to {load.ratio_high:.2f})"
+    for each in report.checkpoints:
+        for load in each.speed.loads if each.speed is not None else ():
+            assert each.speed is not None
+            ratio = f"{load.ratio:.2f} ({load.ratio_low:.2f} to {load.ratio_high:.2f})"
             limit = f"{each.speed.limit:,.0f} tokens/s" if load.num_requests == 1 else ""
+            rates = (f"{load.output_rate:,.1f}", f"{load.baseline_rate:,.1f}")
             times = (f"{load.first_token_ms:,.0f} ms", f"{load.inter_token_ms:,.1f} ms")
-            rows.append((each.name, str(load.num_requests), f"{load.output_rate:,.1f}", ratio, *times, limit))
+            rows.append((each.name, str(load.num_requests), *rates, ratio, *times, limit))
     return heads, rows
 
 
@@ -97,13 +100,32 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def origins(report: Report) -> list[tuple[str, Provenance]]:
-    """Where every measurement comes from."""
+    """What was measured, and where that comes from."""
     found = []
     for each in report.checkpoints:
-        for what, result in (("text", each.text), ("tasks", each.tasks), ("speed", each.speed)):
-            if result is not None:
-                found.append((f"{each.name}, {what}", result.made))
+        if each.text is not None:
+            found.append((f"{each.name}, text: {each.text.measured_on}, rows of {each.text.seq_len} tokens", each.text.made))
+        if each.tasks is not None:
+            partial = ", of files that hold a part" if each.tasks.is_partial_data else ""
+            found.append((f"{each.name}, tasks: {each.tasks.suite or 'named one by one'}, mode {each.tasks.settings.mode}{partial}", each.tasks.made))
+        if each.speed is not None:
+            sizes = f"prompts of {each.speed.num_prompt} tokens, {each.speed.num_output} generated, {each.speed.turns} turns"
+            found.append((f"{each.name}, speed: mode {each.speed.mode}, {sizes}", each.speed.made))
     return found
+
+
+def warnings(report: Report) -> list[str]:
+    """Where figures of one table were not found in one way."""
+    texts = {(each.text.measured_on, each.text.seq_len, each.text.result.num_tokens) for each in report.checkpoints if each.text is not None}
+    suites = {(each.tasks.suite, each.tasks.settings.mode) for each in report.checkpoints if each.tasks is not None}
+    speeds = {
+        (each.speed.mode, each.speed.num_prompt, each.speed.num_output, each.speed.made.machine.processor, each.speed.made.machine.threads)
+        for each in report.checkpoints if each.speed is not None
+    }  # fmt: skip
+    kinds = (("texts, or parts of one", texts), ("suites or modes", suites), ("modes, sizes or machines", speeds))
+    names = ("KL divergences and perplexities", "answers", "speeds")
+    return [f"The {name} below are of different {what}, so rows cannot be compared." for name, (what, ways) in zip(names, kinds, strict=True)
+            if len(ways) > 1]  # fmt: skip
 
 
 def origin_text(made: Provenance) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,9 +73,22 @@ def test_divergence_without_a_baseline_is_refused(test_data: Path, capsys: pytes
     assert "did you mean 'kl'" in err
 
 
-def test_models_of_unlike_vocabularies_are_not_compared(test_data: Path, text: Path) -> None:
-    with pytest.raises(SourceError, match=r"4096 tokens and the model 512"):
+def test_models_of_unlike_tokenizers_are_not_compared(test_data: Path, text: Path) -> None:
+    with pytest.raises(SourceError, match="has another tokenizer than"):
         evaluate(test_data / "data" / "stories260k-hf", baseline=test_data / "data" / "stories3m-hf", options=EvaluationOptions(text=text))
+
+
+def test_models_whose_ids_mean_other_tokens_are_not_compared(peers: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(peers / "tiny", other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, two = list(vocabulary)[300:302]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+
+    with pytest.raises(SourceError, match=r"2 ids mean other tokens"):
+        evaluate(other, baseline=peers / "tiny", options=EvaluationOptions(text=text))
 
 
 CONTRADICTIONS = [{"text": Path("a"), "tokens": Path("b")}, {"tokens": Path("b"), "seq_len": 3}, {"batch_size": 0}, {"dtype": "int8"}]
@@ -108,6 +122,15 @@ def test_a_baselines_states_are_kept_and_give_the_same_numbers(peers: Path, text
     assert "the baseline model" in told
     evaluate(peers / "gptq_b4_g128", baseline=peers / "tiny", options=replace(options, seq_len=32))
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_no_result(peers: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    options = EvaluationOptions(text=text, seq_len=64, cache_dir=tmp_path / "file")
+
+    found = evaluate(peers / "gptq_b4_g128", baseline=peers / "tiny", options=options)
+
+    assert found.divergence is not None and "cannot be kept" in caplog.text
 
 
 def test_what_is_kept_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def text_result(kl: float, error: float) -> TextResult:
     fields = {name: 0.0 for name in DivergenceResult.__dataclass_fields__ if name not in ("num_tokens", "by_position")}
     percentiles = {name: kl for name in ("median", "99.0%", "99.9%", "maximum")}
     tables: dict[str, Any] = {"kl_percentiles": percentiles, "delta_p_percentiles": {}, "num_tokens": 1000}
-    return TextResult(made=MADE, measured_on="prose", seq_len=512, continuations=None,
+    return TextResult(made=MADE, key="", measured_on="prose", seq_len=512, continuations=None,
                       result=DivergenceResult(**fields | tables | {"kl_mean": kl, "kl_se": error}))  # fmt: skip
 
 
@@ -43,13 +43,14 @@ def task_result(lost: int, won: int, count: int = 1000) -> TaskResult:
         task="quiz", group=None, is_group=False, metric="acc", filter="none", higher_is_better=True, num_fewshot=0, version="1", num_documents=count,
         num_available=count, score=Score(value=float(model.mean()), standard_error=0.0), baseline=None, comparison=found,
     )  # fmt: skip
-    return TaskResult(made=MADE, suite="quick", settings=SETTINGS, is_partial_data=False, scores=[score])
+    return TaskResult(made=MADE, key="", suite="quick", settings=SETTINGS, is_partial_data=False, scores=[score])
 
 
 def speed_result(ratio: float, low: float, high: float) -> SpeedResult:
-    load = LoadPoint(num_requests=8, output_rate=100.0, first_token_ms=5.0, inter_token_ms=1.0, ratio=ratio, ratio_low=low, ratio_high=high)
+    times = {"output_rate": 100.0, "baseline_rate": 50.0, "first_token_ms": 5.0, "inter_token_ms": 1.0}
+    load = LoadPoint(num_requests=8, ratio=ratio, ratio_low=low, ratio_high=high, **times)
     sizes = {"num_prompt": 128, "num_output": 32, "turns": 3, "bytes_per_token": 10}
-    return SpeedResult(made=MADE, mode="fast", prompt_rate=1000.0, loads=[load], bandwidth=1e9, **sizes)
+    return SpeedResult(made=MADE, key="", mode="fast", prompt_rate=1000.0, loads=[load], bandwidth=1e9, **sizes)
 
 
 def report_of(**parts: Any) -> Report:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from quantkit.report import build
 from quantkit.report.describe import bytes_per_token
 from quantkit.report.page import heat_map
 from quantkit.report.schema import Report
+from tests.conversion.conftest import edit_tensors
 
 FAST = ("--max-tokens", "600", "--seq-len", "64", "--requests", "1,2", "--threads", "1")
 
@@ -68,7 +71,8 @@ def test_every_part_is_measured_and_the_file_is_of_its_schema(report: Path, chec
         assert each.text.made.command.startswith("quantkit report ") and each.speed.made.machine.threads == 1
     again = evaluate(checkpoints[0], baseline="reference", options=EvaluationOptions(max_tokens=600, seq_len=64))
     assert found.checkpoints[0].text is not None and found.checkpoints[0].text.result == again.divergence
-    assert found.baseline.speed is not None and {load.ratio for load in found.baseline.speed.loads} == {1.0}
+    speeds = [each.speed for each in found.checkpoints if each.speed is not None]
+    assert len({speed.bandwidth for speed in speeds}) == 1 and all(load.baseline_rate > 0 for speed in speeds for load in speed.loads)
 
 
 def test_the_page_is_whole_and_loads_nothing(report: Path) -> None:
@@ -113,6 +117,78 @@ def test_what_is_known_is_not_measured_again(
     assert code == 0 and Report.read(report / "report.json").checkpoints == before.checkpoints
 
 
+def test_what_was_found_in_another_way_is_measured_again(
+    report: Path, checkpoints: list[Path], suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another text, other tokens, another suite under the same name, other numbers of requests, other weights under the same name."""
+    asked: list[str] = []
+    for kind in ("text", "tasks", "speed"):
+        monkeypatch.setattr(build, f"measure_{kind}", lambda *_, kind=kind, **__: asked.append(kind) or (_ for _ in ()).throw(KeyboardInterrupt))
+    text = tmp_path / "other.txt"
+    text.write_text("Once upon a time. " * 100)
+    other = tmp_path / "small.yaml"
+    other.write_text(suite.read_text().replace("limit: 3", "limit: 4"))
+    near = tmp_path / checkpoints[0].name
+    shutil.copytree(checkpoints[0], near)
+    edit_tensors(near, lambda tensors: tensors["model.layers.3.self_attn.q_proj.weight_packed"].zero_())
+    base = ["--baseline", "reference", "--suite", str(suite), *FAST]
+    changes = {
+        "text": [str(checkpoints[0]), *base, "--text", str(text)], "tokens": [str(checkpoints[0]), *base, "--max-tokens", "500"],
+        "tasks": [str(checkpoints[0]), *base, "--suite", str(other), "--measure", "tasks"],
+        "speed": [str(checkpoints[0]), *base, "--requests", "1,3", "--measure", "speed"], "weights": [str(near), *base],
+        "nothing": [str(checkpoints[0]), *base],
+    }  # fmt: skip
+    for what, arguments in changes.items():
+        folder = tmp_path / what
+        folder.mkdir()
+        shutil.copy(report / "report.json", folder) if what != "weights" else None
+        known = [str(report / "report.json")] if what == "weights" else []
+        asked.clear()
+        code, _, err = run(capsys, "report", *arguments, *known, "-o", str(folder))
+        if what == "weights":
+            assert code == 2 and "two checkpoints go by the name" in err
+        else:
+            assert asked == ([] if what == "nothing" else ["text" if what == "tokens" else what])
+
+
+def test_reports_of_two_machines_come_together_kind_by_kind(report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = Report.read(report / "report.json")
+    parts = {"laptop": {"text": None}, "server": {"speed": None, "tasks": None}}
+    for name, gone in parts.items():
+        each = [checkpoint.model_copy(update=gone) for checkpoint in whole.checkpoints]
+        whole.model_copy(update={"checkpoints": each}).write(tmp_path / f"{name}.json")
+
+    code, _, _ = run(capsys, "report", *(str(tmp_path / f"{name}.json") for name in parts), "--measure", "none", "-o", str(tmp_path / "both"))
+
+    assert code == 0 and Report.read(tmp_path / "both" / "report.json").checkpoints == whole.checkpoints
+
+
+def test_reports_beside_another_original_are_refused(
+    report: Path, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "report", str(report / "report.json"), "--baseline", str(checkpoints[1]), "-o", str(tmp_path / "x"))
+    assert code == 2 and "beside" in err
+
+    shutil.copy(report / "report.json", tmp_path)
+    code, _, err = run(capsys, "report", str(checkpoints[0]), "--baseline", str(checkpoints[1]), "-o", str(tmp_path))
+    assert code == 2 and "--output" in err and Report.read(tmp_path / "report.json") == Report.read(report / "report.json")
+
+
+def test_what_cannot_end_well_is_said_before_anything_is_measured(
+    checkpoints: list[Path], peers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("text", "tasks", "speed"):
+        monkeypatch.setattr(build, f"measure_{kind}", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    undecoded = next(each for each in sorted(peers.iterdir()) if "awq" in each.name and "gptq" not in each.name and not each.name.startswith("ct"))
+
+    arguments = ("--baseline", "reference", *FAST)
+    assert "cannot be written" in run(capsys, "report", str(checkpoints[0]), *arguments, "-o", str(tmp_path / "file" / "x"))[2]
+    assert "not read yet" in run(capsys, "report", str(checkpoints[0]), str(undecoded), *arguments, "-o", str(tmp_path / "y"))[2]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "quantkit[report]" in run(capsys, "report", str(checkpoints[0]), *arguments, "-o", str(tmp_path / "z"))[2]
+
+
 def test_a_stopped_report_keeps_what_it_found(
     checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +221,23 @@ def test_a_check_fails_where_a_figure_is_worse(suite: Path, tmp_path: Path, caps
     assert "failure" in (tmp_path / "out" / "report.xml").read_text()
 
 
+def test_scores_of_an_evaluation_are_taken_in(checkpoints: list[Path], suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = tmp_path / "scores.json"
+    evaluation = ("eval", str(checkpoints[0]), "--baseline", "reference", "--suite", str(suite), "--output", str(scores), "--threads", "1")
+    assert run(capsys, *evaluation)[0] == 0
+
+    code, _, _ = run(capsys, "report", str(scores), "--measure", "none", "-o", str(tmp_path / "out"))
+
+    (found,) = Report.read(tmp_path / "out" / "report.json").checkpoints
+    assert code == 0 and found.name == "w4a16-rtn" and found.tasks is not None
+    assert [each.model_dump() for each in found.tasks.scores] == json.loads(scores.read_text())["scores"]
+    content = json.loads(scores.read_text())
+    content["model"]["fingerprint"] = "0" * 64
+    scores.write_text(json.dumps(content))
+    code, _, err = run(capsys, "report", str(scores), "--measure", "none", "-o", str(tmp_path / "other"))
+    assert code == 2 and "other weights" in err
+
+
 MISTAKES = {
     "no baseline": (("report", "reference"), "--baseline"),
     "no checkpoint": (("report", "--baseline", "reference"), "no checkpoint"),
@@ -171,6 +264,20 @@ def test_models_of_another_vocabulary_are_refused_by_name(test_data: Path, tmp_p
     code, _, err = run(capsys, "report", str(other), "--baseline", "reference", "-o", str(tmp_path), "--measure", "text")
 
     assert code == 1 and "cannot be compared" in err
+
+
+def test_figures_that_cannot_be_compared_are_said(report: Path) -> None:
+    from quantkit.report.markdown import markdown
+    from quantkit.report.page import page
+
+    whole = Report.read(report / "report.json")
+    first, second = whole.checkpoints
+    assert second.text is not None and not any("cannot be compared" in text for text in (markdown(whole), page(whole)))
+    other = second.model_copy(update={"text": second.text.model_copy(update={"measured_on": "another text"})})
+    mixed = whole.model_copy(update={"checkpoints": [first, other]})
+
+    for text in (markdown(mixed), page(mixed)):
+        assert "KL divergences and perplexities below are of different texts" in text and "another text" in text
 
 
 def test_a_token_reads_every_weight_but_the_other_rows_of_an_embedding(test_data: Path, checkpoints: list[Path]) -> None:
