@@ -101,3 +101,13 @@ def test_official_tasks_of_another_model_have_the_same_results_document_by_docum
     assert own.num_cut > 0 and found.keys() == expected.keys() and len(found) == task.limit
     for document, values in expected.items():
         assert found[document] == (pytest.approx(values, abs=1e-3) if isinstance(values[0], float) else values)
+
+
+def test_questions_put_as_a_conversation_are_answered_as_by_lm_evals_own_class(ours: EngineLM, theirs: Any) -> None:
+    task = SuiteTask(task="reference_mmlu", num_fewshot=1, limit=1)
+
+    found, expected = (results_by_document(each, task, chat=True) for each in (ours, theirs))
+
+    assert {document: pytest.approx(values, abs=1e-3) for document, values in expected.items()} == found and len(found) == 12
+    plain = results_by_document(ours, task)
+    assert any(abs(a - b) > 0.1 for document, values in found.items() for a, b in zip(values, plain[document], strict=True))
