@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from quantkit.report.schema import Report
 
 _KINDS = ("text", "tasks", "speed")
+_OF_THE_FILE = ("text", "seq_len", "max_tokens", "suite", "requests", "mode", "cache_dir", "is_fresh")
 _LIBRARIES = {"lm_eval": "eval", "scipy": "eval", "matplotlib": "report", "tensorboard": "track", "wandb": "track"}
 
 
@@ -63,9 +65,10 @@ def _requests(_: click.Context, __: click.Parameter, value: str) -> tuple[int, .
 @click.option("--tensorboard", type=click.Path(path_type=Path, file_okay=False), help="Folder for TensorBoard's files.")
 @click.option("--wandb", metavar="PROJECT", help="Log a run for each checkpoint to Weights & Biases (WANDB_MODE=offline keeps them here).")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
+@click.pass_context
 def report(
-    inputs: tuple[str, ...], baseline: str | None, folder: Path, check_file: Path | None, update: bool, tensorboard: Path | None, wandb: str | None,
-    threads: int | None, suite: str | None, requests: tuple[int, ...], **options: Any,
+    ctx: click.Context, inputs: tuple[str, ...], baseline: str | None, folder: Path, check_file: Path | None, update: bool,
+    tensorboard: Path | None, wandb: str | None, threads: int | None, suite: str | None, requests: tuple[int, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Report on checkpoints of one model: size, loss, answers, speed.
 
@@ -91,11 +94,16 @@ def report(
     if check_file is not None and inputs:
         raise UsageError("--check makes the checkpoints that its file names; leave the others out")
     expected = CheckFile.read(check_file) if check_file is not None else None
+    options |= {"suite": suite or "quick", "requests": requests, "max_tokens": options["max_tokens"] or None}
     if expected is not None:
-        suite, requests = suite or expected.suite, expected.requests
+        _require_said_by_the_file(ctx)
+        if not expected.has_figures and not update:
+            raise UsageError(f"{check_file} has no figures to check against; --update measures them and writes them into it")
+        options |= {name: getattr(expected, name) for name in ("seq_len", "max_tokens", "suite", "requests", "mode")}
+        options |= {"text": Path(expected.text) if expected.text is not None else None, "cache_dir": folder / "cache"}
+        shutil.rmtree(folder / "cache", ignore_errors=True)  # answers of an earlier run would hide a runtime that fails now
     set_threads(threads)
-    options["max_tokens"] = options["max_tokens"] or None
-    settings = MeasureOptions(suite=suite or "quick", requests=requests, **options)
+    settings = MeasureOptions(**options)
     try:
         found = _collected(inputs, baseline, folder, settings, expected)
         findings = _written(found, folder, expected)
@@ -118,6 +126,13 @@ def report(
         click.echo(f"{check_file} has these figures now", err=True)
     elif any(each.has_failed for each in findings):
         sys.exit(1)
+
+
+def _require_said_by_the_file(ctx: click.Context) -> None:
+    """Raises UsageError where the command line says what a check file says."""
+    for option in ctx.command.params:
+        if option.name in _OF_THE_FILE and ctx.get_parameter_source(option.name) == click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option.opts[0]} is said by the file of --check; change it there, and --update")
 
 
 def _collected(
@@ -176,7 +191,8 @@ def _written(found: Report, folder: Path, expected: CheckFile | None) -> list[Fi
         console.print()
     if findings is not None:
         write_text(folder / "report.xml", junit(findings))
-        console.print(verdict(findings).strip("*") if findings else "the file has no figures yet; --update writes these into it")
+        if findings:
+            console.print(verdict(findings).strip("*"))
     click.echo(f"written to {folder}: report.html, report.md, report.json{', report.xml' if findings is not None else ''}", err=True)
     return findings
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from pathlib import Path
 
 import torch
 
 from quantkit.models.compare import TokenRows
 
+_DAY = 24 * 3600
 _log = logging.getLogger("quantkit")
 MAX_BYTES = 8 << 30
 """Of all that is kept; the oldest go."""
@@ -39,6 +41,9 @@ def states_file(folder: Path, fingerprint: str, rows: TokenRows, dtype: torch.dt
 
 def _make_room(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors" and path.stat().st_mtime < time.time() - _DAY:
+            path.unlink(missing_ok=True)  # of a run that was killed
     total = 0
     for path in files:
         total += path.stat().st_size

@@ -49,10 +49,7 @@ def build_report(
     if options.kinds:
         for source in sources:
             OpenedCheckpoint.of(resolve(source, **code))  # before anything is measured, all can be
-    found = _named([
-        *(describe(source, **code) for source in sources),
-        *(_bare(each) for report in known for each in report.checkpoints),
-    ])  # fmt: skip
+    found = _named([describe(source, **code) for source in sources], [_bare(each) for report in known for each in report.checkpoints])
     for name, each in found.items():
         found[name] = each.model_copy(update=_known_of(each, base, known, options))
     for each in scores:
@@ -85,11 +82,11 @@ def build_report(
     return report_now()
 
 
-def _named(checkpoints: Iterable[CheckpointResult]) -> dict[str, CheckpointResult]:
-    """By name, the same weights once."""
+def _named(here: Sequence[CheckpointResult], earlier: Sequence[CheckpointResult]) -> dict[str, CheckpointResult]:
+    """By name; of earlier ones those that are not here too."""
     found: dict[str, CheckpointResult] = {}
-    for each in checkpoints:
-        if any(each.fingerprint == other.fingerprint for other in found.values()):
+    for number, each in enumerate([*here, *earlier]):
+        if number >= len(here) and any(each.fingerprint == other.fingerprint for other in found.values()):
             continue
         if each.name in found:
             both = f"{found[each.name].source} and {each.source}"

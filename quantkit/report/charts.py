@@ -21,9 +21,9 @@ MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), (
 _NAMED = {"#010101": "var(--ink)", "#020202": "var(--soft)", "#030303": "var(--line)", "#040404": "var(--base)"}
 _INK, _SOFT, _LINE, _BASE = _NAMED
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "quantkit", "font.family": "sans-serif", "font.size": 11, "text.color": _INK, "axes.labelcolor": _SOFT,
-    "xtick.color": _SOFT, "ytick.color": _SOFT, "axes.edgecolor": _LINE, "grid.color": _LINE, "axes.grid": True, "grid.linewidth": 0.6,
-    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "lines.markersize": 7,
+    "svg.fonttype": "none", "svg.hashsalt": "quantkit", "text.parse_math": False, "font.family": "sans-serif", "font.size": 11, "text.color": _INK,
+    "axes.labelcolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT, "axes.edgecolor": _LINE, "grid.color": _LINE, "axes.grid": True,
+    "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "lines.markersize": 7,
 }  # fmt: skip
 _WIDTH, _HEIGHT = 4.6, 3.2
 

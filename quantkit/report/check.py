@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quantkit.evaluation.document import Document, Part
 from quantkit.evaluation.results import TaskScore
+from quantkit.ops import Mode
 from quantkit.report.schema import CheckpointResult, Provenance, Report
 
 Verdict = Literal["same", "better", "within limit", "within noise", "worse", "missing"]
@@ -39,7 +40,7 @@ class Kept(Part):
 class ExpectedCheckpoint(Part):
     """How a checkpoint is made, and what was found of it."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.+-]*$", description="of its folder")
     recipe: str
     format: str
     num_samples: int = Field(default=32, ge=1, description="calibration rows, where the recipe takes any")
@@ -59,11 +60,26 @@ class CheckFile(Document):
     kind: Literal["quantkit-check"] = "quantkit-check"
     schema_version: Literal[1] = 1
     source: str
+    text: str | None = Field(default=None, description="a file; null for the reference model's prose")
+    seq_len: int | None = Field(default=None, ge=2)
+    max_tokens: int | None = Field(default=65_536, ge=1)
     suite: str = "quick"
     requests: tuple[int, ...] = (1, 8)
+    mode: Mode = "fast"
     limits: Limits = Field(default_factory=Limits)
     made: Provenance | None = Field(default=None, description="of the figures; null before the first --update")
     checkpoints: list[ExpectedCheckpoint] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> CheckFile:
+        names = [each.name for each in self.checkpoints]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]!r} names two checkpoints; give each a name of its own")
+        return self
+
+    @property
+    def has_figures(self) -> bool:
+        return any(each.file_bytes or each.kl or each.recovery or each.speed for each in self.checkpoints)
 
 
 class Finding(Part):
@@ -136,7 +152,7 @@ def _of_checkpoint(expected: ExpectedCheckpoint, found: CheckpointResult | None,
 def _finding(name: str, figure: str, expected: float, found: float | None, limit: float, noise: float | None, *, higher_is_worse: bool) -> Finding:
     allowed = expected * (1 + limit if higher_is_worse else 1 - limit)
     verdict: Verdict = "missing"
-    if found is not None:
+    if found is not None and math.isfinite(found):
         worse = found - expected if higher_is_worse else expected - found
         is_chance = abs(worse) <= (noise or 0.0)
         if worse == 0:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from quantkit.checkpoint.digest import content_digest
 from quantkit.checkpoint.source import resolve
 from quantkit.conversion.outcome import REPORT_FILE
 from quantkit.errors import UsageError
+from quantkit.evaluation.scoring import model_fingerprint
 from quantkit.formats.summary import summarize
 from quantkit.models.architecture import load_config
 from quantkit.report.schema import CheckpointResult, Conversion, LayerError
@@ -39,7 +39,7 @@ def describe(source: str, *, name: str | None = None, trust_remote_code: bool = 
     summary = summarize(folder)
     schemes = Counter(layer.scheme for layer in summary.layers)
     return CheckpointResult(
-        name=name or Path(source).name or source, source=source, fingerprint=content_digest(folder),
+        name=name or Path(source).name or source, source=source, fingerprint=model_fingerprint(folder),
         container=summary.container or "unquantized", schemes=dict(sorted(schemes.items())), file_bytes=summary.file_bytes,
         bits_per_weight=summary.linear_bpw, conversion=_conversion(folder),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
+from quantkit.conversion.prepare import plan_conversion
 from quantkit.report.check import CheckFile
 
 
@@ -19,15 +20,15 @@ def make_checkpoints(
     Raises:
         QuantkitError: what `convert` raises.
     """
-    made = []
+    settings = {"overwrite": True, "fresh": True, "measure": False, "device": device, "trust_remote_code": trust_remote_code}
+    asked = {}
     for each in expected.checkpoints:
-        if told is not None:
-            told(f"{each.name}: convert")
         rows = CalibrationOptions(num_samples=each.num_samples, seq_len=each.seq_len)
-        options = ConvertOptions(
-            recipe=each.recipe, format=each.format, calibration=rows, overwrite=True, fresh=True, measure=False, device=device,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        convert(expected.source, folder / each.name, options)
-        made.append(str(folder / each.name))
-    return made
+        asked[each.name] = ConvertOptions(recipe=each.recipe, format=each.format, calibration=rows, **settings)
+    for options in asked.values():
+        plan_conversion(expected.source, options)  # what cannot be converted is found before anything is
+    for name, options in asked.items():
+        if told is not None:
+            told(f"{name}: convert")
+        convert(expected.source, folder / name, options)
+    return [str(folder / name) for name in asked]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 
 from quantkit.report import words
@@ -14,7 +16,7 @@ _UNMOVED = 0.005
 
 def markdown(report: Report, findings: Sequence[Finding] | None = None) -> str:
     """Parts without results are left out, and figures that did not move."""
-    lines = [f"## quantkit: {len(report.checkpoints)} of {report.baseline.name}", ""]
+    lines = [f"## quantkit: {len(report.checkpoints)} of {_cell(report.baseline.name)}", ""]
     if findings:
         lines += [verdict(findings), "", *table(words.findings_table([each for each in findings if _has_moved(each)])), ""]
     lines += [*(f"> {warning}" for warning in words.warnings(report)), *table(words.overview(report)), ""]
@@ -24,7 +26,7 @@ def markdown(report: Report, findings: Sequence[Finding] | None = None) -> str:
     if words.conversions(report)[1]:
         lines += ["<details><summary>Conversions</summary>", "", *table(words.conversions(report)), "", "</details>", ""]
     lines += ["<details><summary>Where the figures come from</summary>", ""]
-    lines += [f"- {what}: {words.origin_text(made)}" for what, made in words.origins(report)]
+    lines += [f"- {_cell(what)}: {html.escape(words.origin_text(made), quote=False)}" for what, made in words.origins(report)]
     return "\n".join([*lines, "", "</details>", ""])
 
 
@@ -48,4 +50,4 @@ def _has_moved(finding: Finding) -> bool:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"([|`\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

@@ -40,7 +40,7 @@ def page(report: Report, findings: Sequence[Finding] | None = None) -> str:
     return environment.get_template("page.html").render(
         report=report, warnings=words.warnings(report), charts=charts(report), legend=names_of(report.checkpoints), overview=words.overview(report),
         sections=[(title, table) for title, table in sections if table[1]], heat_maps=[h for each in report.checkpoints if (h := heat_map(each))],
-        origins=[(what, words.origin_text(made)) for what, made in words.origins(report)], findings=findings or (),
+        origins=[(what, words.origin_text(made).replace("`", "")) for what, made in words.origins(report)], findings=findings or (),
         checked=words.findings_table(findings) if findings else None, verdict=verdict(findings or ()).strip("*"),
         size=words.size,
     )  # fmt: skip

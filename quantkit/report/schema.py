@@ -99,7 +99,7 @@ class CheckpointResult(Part):
 
     name: str
     source: str
-    fingerprint: str = Field(description="sha256 over configuration and weight files")
+    fingerprint: str = Field(description="sha256 over configuration, tokenizer and weights")
     container: str
     schemes: dict[str, int] = Field(description="layers by scheme")
     file_bytes: int

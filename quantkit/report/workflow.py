@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from quantkit.conversion.recipe import Recipe
@@ -32,7 +33,7 @@ jobs:
       - run: pip install "quantkit[eval,report]"
       - run: quantkit report --check {check} --output quantkit-report
       - if: always()
-        run: cat quantkit-report/report.md >> "$GITHUB_STEP_SUMMARY"
+        run: test ! -f quantkit-report/report.md || cat quantkit-report/report.md >> "$GITHUB_STEP_SUMMARY"
       - if: always()
         uses: actions/upload-artifact@v4
         with:
@@ -58,10 +59,12 @@ def write_check(source: str, recipes: tuple[str, ...], formats: tuple[str, ...],
     Suite.load(suite)
     if not recipes or not formats:
         raise UsageError("name at least one recipe and one container")
+    if not source.isprintable():
+        raise UsageError(f"{source!r} cannot be written into a workflow; give the name of a folder or of a model on the hub")
     checkpoints = [
-        ExpectedCheckpoint(name=recipe if name == formats[0] else f"{recipe}-{name}", recipe=recipe, format=name, num_samples=256)
-        for recipe in recipes
-        for name in formats
+        ExpectedCheckpoint(name=_name(recipe, "" if name == formats[0] else name), recipe=recipe, format=name, num_samples=256)
+        for recipe in dict.fromkeys(recipes)
+        for name in dict.fromkeys(formats)
     ]
     check, workflow = folder / "quantkit-check.json", folder / ".github" / "workflows" / "quantkit.yml"
     for path in (check, workflow):
@@ -70,3 +73,9 @@ def write_check(source: str, recipes: tuple[str, ...], formats: tuple[str, ...],
     CheckFile(source=source, suite=suite, checkpoints=checkpoints).write(check)
     write_text(workflow, _WORKFLOW.format(source=source, check=check.name))
     return check, workflow
+
+
+def _name(recipe: str, container: str) -> str:
+    """Of a checkpoint's folder: the recipe's own name, or its file's."""
+    base = re.sub(r"[^\w.+-]", "-", Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
+    return f"{base}-{container}" if container else base

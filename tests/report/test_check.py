@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,18 +11,21 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from quantkit.bench.speed import Load, Speed, ratios
 from quantkit.core.divergence import DivergenceResult
 from quantkit.errors import UsageError
 from quantkit.evaluation import results
 from quantkit.evaluation.results import Comparison, Score, Settings, TaskScore
 from quantkit.evaluation.significance import compare_scores
 from quantkit.paths import packaged
-from quantkit.report.check import CheckFile, ExpectedCheckpoint, Finding, Kept, check, updated
+from quantkit.report import words
+from quantkit.report.charts import _front
+from quantkit.report.check import CheckFile, ExpectedCheckpoint, Finding, Kept, Limits, check, updated
 from quantkit.report.junit import junit
 from quantkit.report.markdown import markdown, verdict
 from quantkit.report.measure import provenance
-from quantkit.report.page import page
-from quantkit.report.schema import CheckpointResult, LoadPoint, Report, SpeedResult, TaskResult, TextResult
+from quantkit.report.page import heat_map, page
+from quantkit.report.schema import CheckpointResult, Conversion, LayerError, LoadPoint, Report, SpeedResult, TaskResult, TextResult
 
 MADE = provenance("quantkit report")
 SETTINGS = Settings(mode="fast", device="cpu", context=None, quantization=None, kv_cache_dtype="auto", chat_template=False)
@@ -133,15 +138,65 @@ def test_every_form_says_what_failed(tmp_path: Path) -> None:
     assert "| small | KL divergence | 0.02 | 0.05 | +150.0% |" in markdown(report, findings)
 
 
+def test_what_is_not_a_number_fails() -> None:
+    assert only(report_of(text=text_result(float("nan"), 0.0)), expected_of(kl=Kept(value=0.02))).has_failed
+
+
+def test_names_break_out_of_no_form() -> None:
+    odd = "a|b`<script>alert(1)</script>[x](y)\x01$x$"
+    report = report_of(name=odd, text=text_result(0.05, 1e-4))
+    expected = CheckFile.model_construct(checkpoints=[ExpectedCheckpoint.model_construct(
+        name=odd, recipe="", format="", file_bytes=None, kl=Kept(value=0.02), recovery={}, speed={})], limits=Limits())  # fmt: skip
+    findings = check(report, expected)
+
+    assert "<script>" not in markdown(report, findings) and "<script>alert" not in page(report, findings)
+    assert ElementTree.fromstring(junit(findings)).get("failures") == "1"
+    rows = [line for line in markdown(report, findings).splitlines() if "alert" in line and line.startswith("|")]
+    assert rows and all(len(re.findall(r"(?<!\\)\|", line)) in (9, 10) for line in rows)
+
+
+def test_the_front_has_what_no_other_beats() -> None:
+    assert _front([(4, 0.1), (3, 0.5), (5, 0.2), (6, 0.01), (4, 0.3)]) == [(3, 0.5), (4, 0.1), (6, 0.01)]
+
+
+def test_a_ratio_is_the_median_of_turns_beside_each_other() -> None:
+    def speed(*rates: float) -> Speed:
+        return Speed((1.0,) * len(rates), {4: tuple(Load(4, rate, 1.0, 1.0) for rate in rates)})
+
+    model, base = speed(100, 50, 30), speed(50, 50, 10)
+    assert ratios(model, base, 4) == (2.0, 1.0, 3.0)
+    assert model.median(4).output_rate == 50 and base.median(4).output_rate == 50
+
+
+def test_tables_have_their_figures_in_their_columns() -> None:
+    result = text_result(0.02, 1e-4)
+    result = result.model_copy(update={"result": replace(result.result, kl_percentiles={"median": 1.0, "99.0%": 2.0, "99.9%": 3.0, "maximum": 4.0})})
+    heads, ((*row,),) = words.tails(report_of(text=result))
+    assert dict(zip(heads, row, strict=True))["99.9% KL"] == "3.0000" and row[2:6] == ["1.0000", "2.0000", "3.0000", "4.0000"]
+    heads, ((*row,),) = words.speeds(report_of(speed=speed_result(2.0, 1.5, 2.5)))
+    assert dict(zip(heads, row, strict=True))["the original beside it"] == "50.0"
+    assert speed_result(1, 1, 1).limit == 1e9 / 10
+
+
+def test_of_experts_the_worst_stands_in_the_map() -> None:
+    layers = [LayerError(name=f"model.layers.0.mlp.experts.{n}.up_proj", scheme="w4a16", error=error) for n, error in enumerate((0.1, 0.4, 0.2))]
+    made = Conversion(recipe="r", seconds=1, peak_memory_bytes=1, calibration=None, layers=layers, versions={})
+
+    found = heat_map(report_of(conversion=made).checkpoints[0])
+
+    assert found is not None and found.columns == ["experts.up_proj"] and found.rows[0][1] == [(0.4, 0.0)]
+
+
 def test_at_no_true_difference_a_recovery_fails_as_seldom_as_it_says() -> None:
     """Two equally good models: both right on 90% of the documents, independently."""
     dice = np.random.default_rng(0)
     failures = 0
     for _ in range(200):
         sides = dice.random((2, 300)) < 0.9
-        found = compare_scores(sides[0].astype(float), sides[1].astype(float))
-        assert found.recovery is not None and found.recovery_high is not None
-        failures += found.recovery < 0.98 and 1.0 - found.recovery > found.recovery_high - found.recovery
+        found = Comparison(**compare_scores(sides[0].astype(float), sides[1].astype(float)).to_dict())
+        tasks = task_result(0, 0)
+        report = report_of(tasks=tasks.model_copy(update={"scores": [tasks.scores[0].model_copy(update={"comparison": found})]}))
+        failures += only(report, expected_of(recovery={"quiz acc": 1.0})).has_failed
     assert failures <= 0.05 * 200
 
 

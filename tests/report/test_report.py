@@ -206,9 +206,14 @@ def test_a_stopped_report_keeps_what_it_found(
 def test_a_check_fails_where_a_figure_is_worse(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "check.json"
     one = {"name": "rtn", "recipe": "w4a16-rtn", "format": "gptq"}
-    file.write_text(json.dumps({"kind": "quantkit-check", "schema_version": 1, "source": "reference", "suite": str(suite), "checkpoints": [one]}))
-    arguments = ("report", "--check", str(file), "-o", str(tmp_path / "out"), "--measure", "text", "--max-tokens", "600", "--seq-len", "64")
+    content = {"kind": "quantkit-check", "schema_version": 1, "source": "reference", "suite": str(suite), "checkpoints": [one]}
+    file.write_text(json.dumps(content | {"max_tokens": 600, "seq_len": 64}))
+    arguments = ("report", "--check", str(file), "-o", str(tmp_path / "out"), "--measure", "text")
 
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "has no figures" in err and not (tmp_path / "out").exists()
+    code, _, err = run(capsys, *arguments, "--update", "--max-tokens", "500")
+    assert code == 2 and "--max-tokens is said by the file" in err
     code, _, err = run(capsys, *arguments, "--update")
     assert code == 0 and "has these figures now" in err
     assert run(capsys, *arguments)[0] == 0
@@ -236,6 +241,21 @@ def test_scores_of_an_evaluation_are_taken_in(checkpoints: list[Path], suite: Pa
     scores.write_text(json.dumps(content))
     code, _, err = run(capsys, "report", str(scores), "--measure", "none", "-o", str(tmp_path / "other"))
     assert code == 2 and "other weights" in err
+
+
+def test_a_check_answers_anew_what_an_earlier_one_answered(
+    suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "check.json"
+    one = {"name": "rtn", "recipe": "w4a16-rtn", "format": "gptq"}
+    file.write_text(json.dumps({"kind": "quantkit-check", "schema_version": 1, "source": "reference", "suite": str(suite), "checkpoints": [one]}))
+    arguments = ("report", "--check", str(file), "-o", str(tmp_path / "out"), "--measure", "tasks")
+    assert run(capsys, *arguments, "--update")[0] == 0
+
+    monkeypatch.setattr("quantkit.evaluation.scoring.EngineLM", lambda *_: pytest.fail("a runtime that fails"))
+
+    with pytest.raises(pytest.fail.Exception, match="a runtime that fails"):
+        main(list(arguments))
 
 
 MISTAKES = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from quantkit.cli import main
+from quantkit.errors import UsageError
+from quantkit.paths import packaged
 from quantkit.report.check import CheckFile
 
 
@@ -31,6 +34,25 @@ def test_the_workflow_runs_the_check(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]  # fmt: skip
     assert any("report --check quantkit-check.json" in command for command in commands)
     assert any("GITHUB_STEP_SUMMARY" in command for command in commands)
+
+
+def test_a_recipe_of_ones_own_names_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "my own.yaml"
+    recipe.write_text((packaged("recipes") / "w4a16-rtn.yaml").read_text())
+
+    code, _, _ = run(capsys, "ci", "init", "org/name", "-r", str(recipe), "-r", str(recipe), "-o", str(tmp_path))
+
+    (checkpoint,) = CheckFile.read(tmp_path / "quantkit-check.json").checkpoints
+    assert code == 0 and (checkpoint.name, checkpoint.recipe) == ("my-own", str(recipe))
+
+
+@pytest.mark.parametrize("names", [["../out"], ["a/b"], [""], ["same", "same"]])
+def test_names_that_are_no_folder_of_their_own_are_refused(names: list[str], tmp_path: Path) -> None:
+    checkpoints = [{"name": name, "recipe": "w4a16-rtn", "format": "gptq"} for name in names]
+    (tmp_path / "check.json").write_text(json.dumps({"kind": "quantkit-check", "schema_version": 1, "source": "x", "checkpoints": checkpoints}))
+
+    with pytest.raises(UsageError, match=r"check\.json: "):
+        CheckFile.read(tmp_path / "check.json")
 
 
 def test_nothing_that_is_there_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
