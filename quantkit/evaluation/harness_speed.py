@@ -45,7 +45,8 @@ def task_times(source: str, task: SuiteTask, *, mode: Mode, dtype: str, batch_si
         UsageError: there is no such task.
     """
     folder = str(resolve(source).folder)
-    yield _timed(f"quantkit, {mode}", EngineLM(LLM(folder, mode=mode)), task)
+    with tuned_lm_eval():  # part of how `quantkit eval` runs, and no part of `lm_eval`
+        yield _timed(f"quantkit, {mode}", EngineLM(LLM(folder, mode=mode)), task)
     from lm_eval.models.huggingface import HFLM
 
     for size in batch_sizes:
@@ -67,11 +68,10 @@ def results_by_document(lm: LM, task: SuiteTask, data: TaskData | None = None, *
 
 
 def _timed(name: str, lm: LM, task: SuiteTask) -> TaskTime:
-    with tuned_lm_eval():
-        opened = open_tasks((task,))
-        started = time.perf_counter()
-        found: Any = evaluate(lm, opened.to_lm_eval(), samples=dict(opened.documents) or None, bootstrap_iters=0)
-        seconds = time.perf_counter() - started
+    opened = open_tasks((task,))
+    started = time.perf_counter()
+    found: Any = evaluate(lm, opened.to_lm_eval(), samples=dict(opened.documents) or None, bootstrap_iters=0)
+    seconds = time.perf_counter() - started
     results = found.get("groups") or found["results"]
     row = results[task.task]
     score = next(value for key, value in row.items() if "," in key and "_stderr" not in key)
