@@ -208,7 +208,7 @@ def _by_position(positions: Tensor, kl: Tensor, nll_baseline: Tensor, nll_quanti
             both = _perplexities(nll_baseline[here], nll_quantized[here])
             kept = {name: both[name] for name in ("ppl_baseline", "ppl_quantized", "ln_ppl_ratio", "ln_ppl_ratio_se")}
             kl_mean, kl_se = mean_and_error(kl[here])
-            found.append(PositionResult(start, end, int(here.sum()), **kept, kl_mean=kl_mean, kl_se=kl_se))
+            found.append(PositionResult(start, min(end, int(positions.max()) + 1), int(here.sum()), **kept, kl_mean=kl_mean, kl_se=kl_se))
         start, end = end, 2 * end
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import torch
 from quantkit.checkpoint.digest import content_digest
 from quantkit.checkpoint.source import resolve
 from quantkit.core.divergence import DivergenceResult, PerplexityResult
-from quantkit.errors import SourceError, UsageError, did_you_mean
+from quantkit.errors import QuantkitError, SourceError, UsageError, did_you_mean
 from quantkit.evaluation.continuations import ContinuationResult, compare_continuations
 from quantkit.evaluation.kept_states import states_file
 from quantkit.evaluation.rows import default_text, rows_of_text, rows_of_tokens
@@ -23,7 +24,7 @@ from quantkit.models.device import find_device
 from quantkit.models.tokenizer import has_tokenizer, load_tokenizer
 from quantkit.paths import cache_folder
 
-METRICS = ("ppl", "kl", "top1", "position", "greedy")
+_log = logging.getLogger("quantkit")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -115,13 +116,21 @@ def evaluate(
     if options.with_continuations:
         if baseline is None:
             raise UsageError("continuations are compared with the original model's; name it with --baseline")
-        code = {"trust_remote_code": options.trust_remote_code}
-        continuations = compare_continuations(str(model), str(baseline), rows, device=options.device, **code)
+        continuations = _continuations(str(model), str(baseline), rows, options)
     return EvaluationReport(
         model=str(model), baseline=str(baseline) if baseline else None, measured_on=measured_on, num_rows=len(rows.input_ids),
         seq_len=rows.input_ids.shape[1], seconds=round(time.monotonic() - started, 3), perplexity=alone, divergence=divergence,
         continuations=continuations,
     )  # fmt: skip
+
+
+def _continuations(model: str, baseline: str, rows: TokenRows, options: EvaluationOptions) -> ContinuationResult | None:
+    """None, and the reason in the log, where the runtime cannot hold the models: what was found before is a result still."""
+    try:
+        return compare_continuations(model, baseline, rows, device=options.device, trust_remote_code=options.trust_remote_code)
+    except (QuantkitError, MemoryError, RuntimeError) as error:
+        _log.warning("continuations could not be compared: %s", error)
+        return None
 
 
 def _kept(baseline: str, rows: TokenRows, options: EvaluationOptions) -> Path | None:

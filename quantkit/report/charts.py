@@ -25,6 +25,8 @@ _STYLE = {
     "axes.labelcolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT, "axes.edgecolor": _LINE, "grid.color": _LINE, "axes.grid": True,
     "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "lines.markersize": 7,
 }  # fmt: skip
+_LEAST = 1e-7
+"""Of a KL divergence on a logarithmic axis; float32 tells no less apart."""
 _WIDTH, _HEIGHT = 4.6, 3.2
 
 
@@ -48,7 +50,7 @@ def charts(report: Report) -> list[Chart]:
 
 
 def _pareto(report: Report) -> Chart | None:
-    points = [(number, each, each.text.result.kl_mean) for number, each in enumerate(report.checkpoints) if each.text is not None]
+    points = [(number, each, max(each.text.result.kl_mean, _LEAST)) for number, each in enumerate(report.checkpoints) if each.text is not None]
     if not points:
         return None
     front = _front([(each.file_bytes, kl) for _, each, kl in points])

@@ -14,7 +14,7 @@ from quantkit.report.schema import CheckpointResult, Report
 def figures(checkpoint: CheckpointResult, baseline: CheckpointResult) -> Iterator[tuple[str, float]]:
     """Name and value of everything that is one number."""
     yield "size/bytes", float(checkpoint.file_bytes)
-    yield "size/of_original", checkpoint.file_bytes / baseline.file_bytes
+    yield "size/of_original", checkpoint.file_bytes / max(1, baseline.file_bytes)
     if checkpoint.bits_per_weight is not None:
         yield "size/bits_per_weight", checkpoint.bits_per_weight
     if checkpoint.text is not None:

@@ -20,7 +20,7 @@ def overview(report: Report) -> Table:
     for each in report.checkpoints:
         text = each.text.result if each.text is not None else None
         rows.append((
-            each.name, each.container, schemes(each), size(each.file_bytes), f"{each.file_bytes / base.file_bytes:.1%}",
+            each.name, each.container, schemes(each), size(each.file_bytes), f"{each.file_bytes / max(1, base.file_bytes):.1%}",
             f"{text.kl_mean:.5f} ± {text.kl_se:.5f}" if text else "", f"{text.top1:.2%}" if text else "",
             f"{text.ppl_ratio:.4f} ± {text.ppl_ratio_se:.4f}" if text else "", _rates(each),
         ))  # fmt: skip
@@ -51,7 +51,8 @@ def tails(report: Report) -> Table:
             result, longer = each.text.result, each.text.continuations
             percentiles = result.kl_percentiles
             kept = [f"{percentiles[name]:.4f}" for name in ("median", "99.0%", "99.9%", "maximum")]
-            same = ("", "") if longer is None else (f"{longer.agreement.get(8, 0):.0%}", f"{longer.mean_same:.1f} of {longer.length} tokens")
+            first = "" if longer is None or 8 not in longer.agreement else f"{longer.agreement[8]:.0%}"
+            same = (first, "" if longer is None else f"{longer.mean_same:.1f} of {longer.length} tokens")
             rows.append((each.name, f"{result.num_tokens:,}", *kept, *same))
     return heads, rows
 

@@ -90,7 +90,7 @@ def test_results_by_position_are_those_of_the_tokens_there(monkeypatch: pytest.M
 
     found = measured(base, quantized, targets, counted, positions).by_position
 
-    assert [(each.start, each.end) for each in found] == [(0, 8), (8, 16), (16, 32), (32, 64)]
+    assert [(each.start, each.end) for each in found] == [(0, 8), (8, 16), (16, 32), (32, 40)]
     for each in found:
         here = counted & (positions >= each.start) & (positions < each.end)
         alone = measured(base, quantized, targets, here)
