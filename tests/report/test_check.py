@@ -66,7 +66,7 @@ def report_of(**parts: Any) -> Report:
 
 
 def expected_of(**figures: Any) -> CheckFile:
-    return CheckFile(source="base", checkpoints=[ExpectedCheckpoint(name="small", recipe="w4a16-rtn", format="gptq", **figures)])
+    return CheckFile(source="base", made=MADE, checkpoints=[ExpectedCheckpoint(name="small", recipe="w4a16-rtn", format="gptq", **figures)])
 
 
 def only(report: Report, expected: CheckFile) -> Finding:
@@ -103,6 +103,15 @@ def test_bytes_know_no_noise(num_bytes: int, wanted: str) -> None:
 )
 def test_a_speed_ratio_fails_where_no_turn_came_near(speed: tuple[float, float, float], wanted: str) -> None:
     assert only(report_of(speed=speed_result(*speed)), expected_of(speed={8: 1.5})).verdict == wanted
+
+
+def test_another_processor_is_held_to_less() -> None:
+    machine = MADE.machine.model_copy(update={"processor": "another"})
+    elsewhere = expected_of(speed={8: 1.5}).model_copy(update={"made": MADE.model_copy(update={"machine": machine})})
+
+    assert only(report_of(speed=speed_result(0.4, 0.4, 0.4)), expected_of(speed={8: 1.5})).has_failed
+    assert only(report_of(speed=speed_result(0.4, 0.4, 0.4)), elsewhere).verdict == "within limit"
+    assert only(report_of(speed=speed_result(0.2, 0.2, 0.2)), elsewhere).has_failed
 
 
 def test_what_was_not_measured_fails() -> None:
@@ -146,7 +155,7 @@ def test_names_break_out_of_no_form() -> None:
     odd = "a|b`<script>alert(1)</script>[x](y)\x01$x$"
     report = report_of(name=odd, text=text_result(0.05, 1e-4))
     expected = CheckFile.model_construct(checkpoints=[ExpectedCheckpoint.model_construct(
-        name=odd, recipe="", format="", file_bytes=None, kl=Kept(value=0.02), recovery={}, speed={})], limits=Limits())  # fmt: skip
+        name=odd, recipe="", format="", file_bytes=None, kl=Kept(value=0.02), recovery={}, speed={})], limits=Limits(), made=MADE)  # fmt: skip
     findings = check(report, expected)
 
     assert "<script>" not in markdown(report, findings) and "<script>alert" not in page(report, findings)
