@@ -63,7 +63,7 @@ class EngineLM(TemplateLM):
         return list(self._encode(string, add_special_tokens))
 
     def _encode_anew(self, string: str, add_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        return tuple(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt))
