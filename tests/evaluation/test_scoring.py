@@ -256,3 +256,12 @@ def test_lm_eval_makes_the_model_from_its_arguments() -> None:
         HarnessLM.create_from_arg_string("pretrained=reference,mod=exact")
     with pytest.raises(UsageError, match="pretrained=FOLDER"):
         HarnessLM.create_from_arg_string("mode=exact")
+
+
+def test_the_committed_run_of_the_official_tasks_is_whole() -> None:
+    report = ScoreReport.read(packaged("evals") / "results" / "stories3m.json")
+
+    wholes = {row.task: row for row in report.scores if row.group is None}
+    assert (wholes["mmlu"].num_documents, wholes["gsm8k"].num_documents) == (14042, 1319)
+    assert all(row.num_documents == row.num_available and row.comparison is not None for row in wholes.values())
+    assert report.model.num_requests == 4 * 14042 + 1319 and not report.is_partial_data
