@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantkit.cli.counts import counts
+
 if TYPE_CHECKING:
     from quantkit.bench.compare_engines import Comparison
 
@@ -68,16 +70,9 @@ def _compare(source: str, threads: int, mode: str, llama_cpp: str | None, work: 
     return Comparison(source, threads, mode, Path(llama_cpp) if llama_cpp else None, Path(work) if work else None)
 
 
-def _counts(context: click.Context, option: click.Parameter, text: str) -> list[int]:
-    counts = text.split(",")
-    if not all(count.isdecimal() and int(count) for count in counts):
-        raise click.BadParameter(f"{text!r} is no list of whole numbers of at least 1, as 1,8,32", context, option)
-    return [int(count) for count in counts]
-
-
 @bench.command()
 @_comparison
-@click.option("--requests", default="8,32", show_default=True, callback=_counts, help="Requests at once, as 1,8,32.")
+@click.option("--requests", default="8,32", show_default=True, callback=counts, help="Requests at once, as 1,8,32.")
 @click.option("--prompt", "num_prompt", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--transformers/--no-transformers", default=True, help="Measure transformers' generate on the unquantized model too.")
 def throughput(requests: list[int], num_prompt: int, num_output: int, transformers: bool, **setting: Any) -> None:
@@ -106,7 +101,7 @@ def latency(num_prompt: int, num_output: int, **setting: Any) -> None:
 @click.option("--task", "name", default="reference_mmlu", show_default=True, help="A task or group of lm-eval's.")
 @click.option("--num-fewshot", type=click.IntRange(0), default=5, show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Documents of each task, the first ones.  [default: all]")
-@click.option("--batch-sizes", default="1,8", show_default=True, callback=_counts, help="Of lm-eval's own class.")
+@click.option("--batch-sizes", default="1,8", show_default=True, callback=counts, help="Of lm-eval's own class.")
 @click.option("--mode", type=click.Choice(["fast", "exact", "int8"]), default="fast", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), default=2, show_default=True)
 def tasks(source: str, name: str, num_fewshot: int, limit: int | None, batch_sizes: list[int], mode: str, threads: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli.command_line import command_line
+from quantkit.cli.counts import counts
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,13 +35,6 @@ def _kinds(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     return names
 
 
-def _requests(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
-    counts = [count.strip() for count in value.split(",")]
-    if not all(count.isdecimal() and int(count) for count in counts):
-        raise UsageError(f"--requests is {value!r}; give whole numbers of at least 1, as 1,4,16")
-    return tuple(sorted({int(count) for count in counts}))
-
-
 @click.command()
 @click.argument("inputs", nargs=-1)
 @click.option("--baseline", metavar="SRC", help="The original of all of them.  [default: that of --check, or of the first earlier report]")
@@ -53,7 +47,7 @@ def _requests(_: click.Context, __: click.Parameter, value: str) -> tuple[int, .
 @click.option("--max-tokens", type=click.IntRange(0), default=65_536, show_default=True, help="Tokens of text to count; 0 for all of it.")
 @click.option("--suite", help="Tasks to answer: quick, standard, full, or a YAML file.  [default: quick, or that of --check]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Local files of MMLU and GSM8K, as `quantkit eval` takes them.")
-@click.option("--requests", callback=_requests, default="1,4,16", show_default=True, help="Requests at once, for each point of load.")
+@click.option("--requests", callback=counts, default="1,4,16", show_default=True, help="Requests at once, for each point of load.")
 @click.option("--mode", type=click.Choice(["fast", "exact", "int8"]), default="fast", show_default=True, help="Of the runtime, for tasks and speed.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads on a CPU; its physical cores by default.")
@@ -68,7 +62,7 @@ def _requests(_: click.Context, __: click.Parameter, value: str) -> tuple[int, .
 @click.pass_context
 def report(
     ctx: click.Context, inputs: tuple[str, ...], baseline: str | None, folder: Path, check_file: Path | None, update: bool,
-    tensorboard: Path | None, wandb: str | None, threads: int | None, suite: str | None, requests: tuple[int, ...], **options: Any,
+    tensorboard: Path | None, wandb: str | None, threads: int | None, suite: str | None, requests: list[int], **options: Any,
 ) -> None:  # fmt: skip
     """Report on checkpoints of one model: size, loss, answers, speed.
 
@@ -84,7 +78,7 @@ def report(
     """
     try:
         from quantkit.report.check import CheckFile
-        from quantkit.report.measure import MeasureOptions, set_threads
+        from quantkit.report.measure import MeasureOptions
 
         _require_libraries(tensorboard=tensorboard is not None, wandb=wandb is not None)
     except ModuleNotFoundError as error:
@@ -94,7 +88,7 @@ def report(
     if check_file is not None and inputs:
         raise UsageError("--check makes the checkpoints that its file names; leave the others out")
     expected = CheckFile.read(check_file) if check_file is not None else None
-    options |= {"suite": suite or "quick", "requests": requests, "max_tokens": options["max_tokens"] or None}
+    options |= {"suite": suite or "quick", "requests": tuple(sorted(set(requests))), "max_tokens": options["max_tokens"] or None}
     if expected is not None:
         _require_said_by_the_file(ctx)
         if not expected.has_figures and not update:
@@ -102,7 +96,10 @@ def report(
         options |= {name: getattr(expected, name) for name in ("seq_len", "max_tokens", "suite", "requests", "mode")}
         options |= {"text": Path(expected.text) if expected.text is not None else None, "cache_dir": folder / "cache"}
         shutil.rmtree(folder / "cache", ignore_errors=True)  # answers of an earlier run would hide a runtime that fails now
-    set_threads(threads)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     settings = MeasureOptions(**options)
     try:
         found = _collected(inputs, baseline, folder, settings, expected)
@@ -175,7 +172,7 @@ def _written(found: Report, folder: Path, expected: CheckFile | None) -> list[Fi
     from quantkit.report import words
     from quantkit.report.check import check
     from quantkit.report.junit import junit
-    from quantkit.report.markdown import markdown, verdict
+    from quantkit.report.markdown import markdown
     from quantkit.report.page import page
 
     findings = check(found, expected) if expected is not None else None
@@ -192,7 +189,7 @@ def _written(found: Report, folder: Path, expected: CheckFile | None) -> list[Fi
     if findings is not None:
         write_text(folder / "report.xml", junit(findings))
         if findings:
-            console.print(verdict(findings).strip("*"))
+            console.print(words.verdict(findings))
     click.echo(f"written to {folder}: report.html, report.md, report.json{', report.xml' if findings is not None else ''}", err=True)
     return findings
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.source import resolve
@@ -14,8 +13,8 @@ from quantkit.evaluation.scoring import model_fingerprint
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.compare import Progress
 from quantkit.report.describe import describe
-from quantkit.report.measure import KINDS, MeasureOptions, measure_speed, measure_tasks, measure_text, settings_key
-from quantkit.report.schema import CheckpointResult, Provenance, Report, TaskResult
+from quantkit.report.measure import KINDS, MeasureOptions, answers_of, measure_speed, measure_tasks, measure_text, settings_key
+from quantkit.report.schema import CheckpointResult, Report, TaskResult
 
 Told = Callable[[str], None]
 
@@ -121,9 +120,6 @@ def _newest(found: Iterable[Any]) -> Any:
 def _answers(scores: ScoreReport, baseline: str) -> TaskResult:
     """Raises UsageError: they are of other weights than the checkpoint has now, or beside another baseline."""
     for model, source in ((scores.model, scores.model.source), (scores.baseline, baseline)):
-        if model is None or model.fingerprint != model_fingerprint(Path(resolve(source).folder)):
+        if model is None or model.fingerprint != model_fingerprint(resolve(source).folder):
             raise UsageError(f"the scores of {scores.model.source} were made with other weights than {source} has; run the evaluation again")
-    made = Provenance(date=scores.date, command=scores.command, versions=scores.versions, machine=scores.machine)
-    return TaskResult(
-        made=made, key="", suite=scores.suite, settings=scores.settings, is_partial_data=scores.is_partial_data, scores=scores.scores
-    )
+    return answers_of(scores, key="")

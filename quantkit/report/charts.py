@@ -174,11 +174,6 @@ def _svg(figure: Figure) -> str:
     return re.sub(r"#0(\d)0b0c", r"var(--c\1)", svg)
 
 
-def mark_of(number: int) -> str:
-    """The character that stands for the checkpoint of this number."""
-    return MARKS[number % len(MARKS)][1]
-
-
 def names_of(checkpoints: Sequence[CheckpointResult]) -> list[tuple[int, str, str]]:
     """Color, character and name of each, for a legend."""
-    return [(number % len(MARKS), mark_of(number), each.name) for number, each in enumerate(checkpoints)]
+    return [(number % len(MARKS), MARKS[number % len(MARKS)][1], each.name) for number, each in enumerate(checkpoints)]

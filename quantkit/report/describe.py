@@ -21,12 +21,11 @@ Matrix = tuple[str, tuple[int, ...], int]
 """A stored tensor's name, shape and bytes."""
 
 
-def describe(source: str, *, name: str | None = None, trust_remote_code: bool = False) -> CheckpointResult:
+def describe(source: str, *, trust_remote_code: bool = False) -> CheckpointResult:
     """A checkpoint without results.
 
     Args:
-        source: folder, hub id, or "reference".
-        name: what to call it; the folder's own where None.
+        source: folder, hub id, or "reference"; it goes by the last part of it.
 
     Raises:
         SourceError, CheckpointError: it is not there, or not whole. UsageError: its name cannot be written.
@@ -39,7 +38,7 @@ def describe(source: str, *, name: str | None = None, trust_remote_code: bool = 
     summary = summarize(folder)
     schemes = Counter(layer.scheme for layer in summary.layers)
     return CheckpointResult(
-        name=name or Path(source).name or source, source=source, fingerprint=model_fingerprint(folder),
+        name=Path(source).name or source, source=source, fingerprint=model_fingerprint(folder),
         container=summary.container or "unquantized", schemes=dict(sorted(schemes.items())), file_bytes=summary.file_bytes,
         bits_per_weight=summary.linear_bpw, conversion=_conversion(folder),
     )  # fmt: skip

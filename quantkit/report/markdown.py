@@ -18,7 +18,7 @@ def markdown(report: Report, findings: Sequence[Finding] | None = None) -> str:
     """Parts without results are left out, and figures that did not move."""
     lines = [f"## quantkit: {len(report.checkpoints)} of {_cell(report.baseline.name)}", ""]
     if findings:
-        lines += [verdict(findings), "", *table(words.findings_table([each for each in findings if _has_moved(each)])), ""]
+        lines += [f"**{words.verdict(findings)}**", "", *table(words.findings_table([each for each in findings if _has_moved(each)])), ""]
     lines += [*(f"> {warning}" for warning in words.warnings(report)), *table(words.overview(report)), ""]
     for title, each in (("Answers", words.answers(report)), ("Tails and greedy texts", words.tails(report)), ("Speed", words.speeds(report))):
         if each[1]:
@@ -28,14 +28,6 @@ def markdown(report: Report, findings: Sequence[Finding] | None = None) -> str:
     lines += ["<details><summary>Where the figures come from</summary>", ""]
     lines += [f"- {_cell(what)}: {html.escape(words.origin_text(made), quote=False)}" for what, made in words.origins(report)]
     return "\n".join([*lines, "", "</details>", ""])
-
-
-def verdict(findings: Sequence[Finding]) -> str:
-    """In one sentence."""
-    failed = sum(each.has_failed for each in findings)
-    if failed:
-        return f"**{failed} of {len(findings)} figures are worse than they may be.**"
-    return f"All {len(findings)} figures are as good as they were, within limits and noise."
 
 
 def table(content: words.Table) -> list[str]:

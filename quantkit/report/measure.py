@@ -117,8 +117,12 @@ def measure_tasks(source: str, baseline: str, options: MeasureOptions, command: 
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     found = score(source, suite.tasks, baseline=baseline, options=asked, suite=options.suite, command=command)
-    made = Provenance(date=found.date, command=command, versions=found.versions, machine=found.machine)
-    key = settings_key("tasks", options, fingerprint)
+    return answers_of(found, key=settings_key("tasks", options, fingerprint))
+
+
+def answers_of(found: results.ScoreReport, *, key: str) -> TaskResult:
+    """What an evaluation found, as part of a report."""
+    made = Provenance(date=found.date, command=found.command, versions=found.versions, machine=found.machine)
     return TaskResult(made=made, key=key, suite=found.suite, settings=found.settings, is_partial_data=found.is_partial_data, scores=found.scores)
 
 
@@ -150,8 +154,3 @@ def _load_point(speed: Speed, base: Speed, count: int) -> LoadPoint:
 def _bandwidth(device: torch.device) -> float:
     """Measured once, so that all limits of a report are of one machine's one number."""
     return read_bandwidth(device)
-
-
-def set_threads(count: int | None) -> None:
-    if count is not None:
-        torch.set_num_threads(count)

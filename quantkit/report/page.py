@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from quantkit.report import words
 from quantkit.report.charts import charts, names_of
 from quantkit.report.check import Finding
-from quantkit.report.markdown import verdict
 from quantkit.report.schema import CheckpointResult, Report
 
 
@@ -41,7 +40,7 @@ def page(report: Report, findings: Sequence[Finding] | None = None) -> str:
         report=report, warnings=words.warnings(report), charts=charts(report), legend=names_of(report.checkpoints), overview=words.overview(report),
         sections=[(title, table) for title, table in sections if table[1]], heat_maps=[h for each in report.checkpoints if (h := heat_map(each))],
         origins=[(what, words.origin_text(made).replace("`", "")) for what, made in words.origins(report)], findings=findings or (),
-        checked=words.findings_table(findings) if findings else None, verdict=verdict(findings or ()).strip("*"),
+        checked=words.findings_table(findings) if findings else None, verdict=words.verdict(findings or ()),
         size=words.size,
     )  # fmt: skip
 

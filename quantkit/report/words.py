@@ -100,6 +100,14 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     return heads, rows
 
 
+def verdict(findings: Sequence[Finding]) -> str:
+    """Of all findings, in one sentence."""
+    failed = sum(each.has_failed for each in findings)
+    if failed:
+        return f"{failed} of {len(findings)} figures are worse than they may be."
+    return f"All {len(findings)} figures are as good as they were, within limits and noise."
+
+
 def origins(report: Report) -> list[tuple[str, Provenance]]:
     """What was measured, and where that comes from."""
     found = []

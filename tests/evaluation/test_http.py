@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from quantkit.checkpoint.source import resolve
-from quantkit.evaluation.harness_speed import results_by_document
 from quantkit.evaluation.suite import SuiteTask
+from tests.evaluation.documents import results_by_document
 from tests.server.conftest import running
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -15,11 +15,11 @@ from lm_eval.api.instance import Instance
 
 from quantkit.checkpoint.source import resolve
 from quantkit.evaluation import lm
-from quantkit.evaluation.harness_speed import results_by_document
 from quantkit.evaluation.lm import EngineLM
 from quantkit.evaluation.suite import SuiteTask
 from quantkit.evaluation.task_data import TaskData
 from quantkit.runtime.llm import LLM
+from tests.evaluation.documents import results_by_document
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

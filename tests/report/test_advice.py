@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.cli import main
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.recipe import list_recipes
@@ -16,6 +15,7 @@ from quantkit.paths import packaged
 from quantkit.report.advice import NEAR, Advice, Needs, advise
 from quantkit.report.describe import bytes_per_token
 from quantkit.report.schema import Report
+from tests.cli.test_generate import run
 from tests.conversion.conftest import save_tiny
 
 
@@ -92,13 +92,6 @@ def test_losses_of_all_recipes_are_committed() -> None:
 
     assert {each.conversion.recipe for each in report.checkpoints if each.conversion is not None} == {recipe.name for recipe in list_recipes()}
     assert all(each.text is not None and each.text.result.num_tokens > 20_000 for each in report.checkpoints)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    printed = capsys.readouterr()
-    return int(ended.value.code or 0), printed.out, printed.err
 
 
 def test_the_command_to_copy_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:

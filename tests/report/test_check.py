@@ -22,7 +22,7 @@ from quantkit.report import words
 from quantkit.report.charts import _front
 from quantkit.report.check import CheckFile, ExpectedCheckpoint, Finding, Kept, Limits, check, updated
 from quantkit.report.junit import junit
-from quantkit.report.markdown import markdown, verdict
+from quantkit.report.markdown import markdown
 from quantkit.report.measure import provenance
 from quantkit.report.page import heat_map, page
 from quantkit.report.schema import CheckpointResult, Conversion, LayerError, LoadPoint, Report, SpeedResult, TaskResult, TextResult
@@ -139,7 +139,7 @@ def test_every_form_says_what_failed(tmp_path: Path) -> None:
     findings = check(report, expected_of(kl=Kept(value=0.02, error=1e-4), recovery={"quiz acc": 1.0}, speed={8: 1.0}))
     said = "2 of 3 figures are worse than they may be"
 
-    assert said in verdict(findings) and said in markdown(report, findings) and said in page(report, findings)
+    assert said in words.verdict(findings) and said in markdown(report, findings) and said in page(report, findings)
     suites = ElementTree.fromstring(junit(findings))
     assert (suites.get("tests"), suites.get("failures")) == ("3", "2")
     failed = [case.get("name") for case in suites.iter("testcase") if case.find("failure") is not None]

@@ -21,16 +21,10 @@ from quantkit.report import build
 from quantkit.report.describe import bytes_per_token
 from quantkit.report.page import heat_map
 from quantkit.report.schema import Report
+from tests.cli.test_generate import run
 from tests.conversion.conftest import edit_tensors
 
 FAST = ("--max-tokens", "600", "--seq-len", "64", "--requests", "1,2", "--threads", "1")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    printed = capsys.readouterr()
-    return int(ended.value.code or 0), printed.out, printed.err
 
 
 @pytest.fixture(scope="module")

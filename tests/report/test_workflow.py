@@ -8,17 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quantkit.cli import main
 from quantkit.errors import UsageError
 from quantkit.paths import packaged
 from quantkit.report.check import CheckFile
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    printed = capsys.readouterr()
-    return int(ended.value.code or 0), printed.out, printed.err
+from tests.cli.test_generate import run
 
 
 def test_the_workflow_runs_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,4 +69,5 @@ def test_this_repository_runs_what_lands_its_changes() -> None:
     workflow = yaml.safe_load((Path(__file__).parents[2] / ".github" / "workflows" / "ci.yml").read_text())
 
     commands = [step.get("run", "") for step in workflow["jobs"]["run"]["steps"]]
-    assert ".ci/run" in commands and any("report.md" in command for command in commands)
+    assert "bash .ci/run" in commands and any("report.md" in command for command in commands)
+    assert workflow["jobs"]["run"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
