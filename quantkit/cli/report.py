@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _KINDS = ("text", "tasks", "speed")
 _OF_THE_FILE = ("text", "seq_len", "max_tokens", "suite", "requests", "mode", "cache_dir", "is_fresh")
-_LIBRARIES = {"lm_eval": "eval", "scipy": "eval", "matplotlib": "report", "tensorboard": "track", "wandb": "track"}
+_LIBRARIES = {"lm_eval": "report", "scipy": "report", "matplotlib": "report", "tensorboard": "track", "wandb": "track"}
 
 
 def _kinds(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:

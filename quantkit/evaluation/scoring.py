@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import random
 import time
@@ -22,11 +21,11 @@ import torch
 from lm_eval.evaluator import evaluate
 from tqdm import tqdm
 
-from quantkit.checkpoint.digest import content_digest
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import Interrupted, UsageError, did_you_mean
 from quantkit.evaluation import results
 from quantkit.evaluation.answers import AnswerFile, RememberingLM
+from quantkit.evaluation.fingerprint import model_fingerprint
 from quantkit.evaluation.lm import EngineLM
 from quantkit.evaluation.paired import TaskRun, task_scores
 from quantkit.evaluation.suite import SuiteTask
@@ -37,8 +36,6 @@ from quantkit.ops import Mode
 from quantkit.paths import cache_folder
 from quantkit.runtime.llm import LLM
 
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tiktoken.model", "chat_template.jinja",
-              "generation_config.json")  # fmt: skip
 _BOOTSTRAPS = 10_000
 
 
@@ -149,15 +146,6 @@ def _remembering(source: str, fingerprint: str, engine: dict[str, Any], options:
     }  # fmt: skip
     answers = AnswerFile(options.cache_dir or cache_folder("answers"), identity, is_fresh=options.is_fresh)
     return RememberingLM(lambda: EngineLM(LLM(source, **engine, trust_remote_code=options.trust_remote_code)), answers), answers
-
-
-def model_fingerprint(folder: Path) -> str:
-    """sha256 over configuration, tokenizer and weights."""
-    digest = hashlib.sha256(content_digest(folder).encode())
-    for name in _TOKENIZER:
-        path = folder / name
-        digest.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
-    return digest.hexdigest()
 
 
 def _seed() -> None:

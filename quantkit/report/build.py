@@ -8,8 +8,8 @@ from typing import Any
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import UsageError
 from quantkit.evaluation import results
+from quantkit.evaluation.fingerprint import model_fingerprint
 from quantkit.evaluation.results import ScoreReport
-from quantkit.evaluation.scoring import model_fingerprint
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.compare import Progress
 from quantkit.report.describe import describe

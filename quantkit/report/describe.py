@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from quantkit.checkpoint.source import resolve
 from quantkit.conversion.outcome import REPORT_FILE
 from quantkit.errors import UsageError
-from quantkit.evaluation.scoring import model_fingerprint
+from quantkit.evaluation.fingerprint import model_fingerprint
 from quantkit.formats.summary import summarize
 from quantkit.models.architecture import load_config
 from quantkit.report.schema import CheckpointResult, Conversion, LayerError

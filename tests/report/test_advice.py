@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,9 @@ from quantkit.report.describe import bytes_per_token
 from quantkit.report.schema import Report
 from tests.cli.test_generate import run
 from tests.conversion.conftest import save_tiny
+
+ROOT = Path(__file__).parents[2]
+PATH = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
 
 
 def needs(memory: int = 1 << 30, batch: str = "1", context: int = 128, engine: str | None = None) -> Needs:
@@ -111,3 +117,21 @@ def test_what_cannot_be_meant_is_named(arguments: tuple[str, ...], words: str, c
     code, out, err = run(capsys, "recommend", "reference", *arguments)
 
     assert code == 2 and words in err and not out
+
+
+@pytest.mark.parametrize("command", [["recommend", "reference", "--memory", "1GB"], ["ci", "init", "org/name"], ["report", "reference"]])
+def test_what_needs_no_extra_works_without_it_and_what_does_names_it(command: list[str], tmp_path: Path) -> None:
+    """In a process of its own, as this one has the libraries already."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(("lm_eval", "scipy", "matplotlib", "tensorboard", "wandb")))
+from quantkit.cli import main
+main({command!r})
+"""
+    environment = os.environ | {"PYTHONPATH": PATH}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    if command[0] == "report":
+        assert done.returncode == 2 and "quantkit[report]" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
