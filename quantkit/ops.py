@@ -18,10 +18,11 @@ from quantkit_kernels.cpu import paged_attention as cpu_attention
 from torch import Tensor
 from torch.nn import functional
 
-from quantkit.core.data_free import to_int8_rows
-from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.quantize import fake_quantize, quantize_activations
-from quantkit.core.scheme import CHANNEL, ActivationSpec, Scheme
+from quantkit.core.activations import fake_quantize, quantize_activations
+from quantkit.core.data_free import INT8_ROWS, to_int8_rows
+from quantkit.core.levels import table
+from quantkit.core.qtensor import LLM_INT8_STEP, QuantizedTensor
+from quantkit.core.scheme import ActivationSpec, Scheme
 from quantkit.errors import UsageError
 
 Mode = Literal["fast", "exact", "int8"]
@@ -46,7 +47,7 @@ def quantized_linear(q: QuantizedTensor, scheme: Scheme, mode: Mode) -> Linear:
     """A quantized weight, repacked once for the kernel that runs it; on the device that `q` is on."""
     if mode == "int8" and scheme.activation is None:
         return _int8_activations(to_int8_rows(q), ActivationSpec())
-    if scheme.activation is not None and why_not_int8_activations(q) is None:
+    if scheme.activation == ActivationSpec() and why_not_int8_activations(q) is None:
         return _int8_activations(q, scheme.activation)
     if scheme.activation is None and mode == "fast" and why_not_int4(q) is None:
         group = q.spec.group_size(q.shape[1])
@@ -62,8 +63,8 @@ def why_not_int4(q: QuantizedTensor) -> str | None:
     """Why the fast 4-bit kernel of this device does not take the tensor, or None when it does."""
     if q.codes.device.type != "cpu":
         return "no kernel for this device yet"
-    if q.spec.bits != 4 or q.group_of_column is not None:
-        return "codes of other widths, or groups that are not runs of columns"
+    if q.spec.kind != "int" or q.spec.bits != 4 or q.group_of_column is not None:
+        return "not integers of 4 bits, or groups that are not runs of columns"
     return int4_linear.why_not(*q.shape, q.spec.group_size(q.shape[1]))
 
 
@@ -117,11 +118,28 @@ def _invariant(x: Tensor, weight: Tensor) -> Tensor:
 def _dequantized(q: QuantizedTensor, activation: ActivationSpec | None, mode: Mode) -> Linear:
     """What runs every scheme: weights held as they are stored, two of at most 4 bits in a byte, and dequantized a few rows at a time."""
     product = _invariant if mode == "exact" else functional.linear
-    codes, scale, group_of_column = reference.pack_nibbles(q.codes) if q.spec.bits <= 4 else q.codes, q.scale, q.group_of_column
-    zero: Tensor | int = q.spec.mid_code if q.zero is None else q.zero
+    codes, scale, group_of_column = reference.pack_nibbles(q.codes) if q.spec.bits <= 4 else q.codes, row_scales(q), q.group_of_column
+    zero: Tensor | int = q.zero if q.zero is not None else q.spec.mid_code if q.spec.kind == "int" else 0
+    levels = table(q.spec.kind)
+    levels = None if levels is None else levels.to(codes.device)
     if activation is None:
-        return lambda x: reference.low_bit_linear(x, codes, scale, zero, group_of_column, product)
-    return lambda x: reference.low_bit_linear(fake_quantize(x, activation), codes, scale, zero, group_of_column, product)
+        return lambda x: reference.low_bit_linear(x, codes, scale, zero, group_of_column, product, levels)
+    static = q.input_scale
+    return lambda x: reference.low_bit_linear(fake_quantize(x, activation, static), codes, scale, zero, group_of_column, product, levels)
+
+
+def row_scales(q: QuantizedTensor) -> Tensor:
+    """The scales as [N, G], G equal runs of columns, whatever shares them: plain ones in their own type, others in float32."""
+    rows, columns = q.shape
+    spec = q.spec
+    if spec.is_flat and columns % spec.group_size(columns):
+        return q.expand(q.scales)
+    if spec.spans_rows:
+        high = 1 if spec.is_flat else rows if spec.group is None else spec.group[0]
+        return q.scales.view(-1, columns // spec.group_size(columns)).repeat_interleave(high, dim=0)[:rows]
+    if spec.scale == "row maximum":
+        return q.scales * LLM_INT8_STEP
+    return q.scale if spec.scale == "float" else q.scales
 
 
 def _int8_activations(q: QuantizedTensor, activation: ActivationSpec) -> Linear:
@@ -132,6 +150,6 @@ def _int8_activations(q: QuantizedTensor, activation: ActivationSpec) -> Linear:
 def _why_not_int8_rows(q: QuantizedTensor) -> str | None:
     if q.codes.device.type != "cpu":
         return "no kernel for this device yet"
-    if (q.spec.bits, q.spec.group, q.spec.symmetric) != (8, CHANNEL, True) or q.group_of_column is not None:
+    if q.spec != INT8_ROWS or q.group_of_column is not None:
         return "not 8 bits on a symmetric grid with one scale a row"
     return None

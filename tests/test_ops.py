@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from quantkit import ops
+from quantkit.core.activations import fake_quantize
 from quantkit.core.data_free import quantize, to_int8_rows
-from quantkit.core.quantize import fake_quantize
-from quantkit.core.scheme import CHANNEL, parse_scheme
+from quantkit.core.scheme import CHANNEL
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import UsageError
 
 SCHEMES = ["w4a16", "w4a16-asym-g32", "w4a16-channel", "w3a16-g64", "w2a16-asym", "w8a16", "w8a16-channel", "w6a16-asym-channel", "w8a8-int8"]

@@ -96,8 +96,10 @@ def paged_attention(
     return out
 
 
-def low_bit_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | int, group_of_column: Tensor | None, product: Product) -> Tensor:
-    """[M, K] by a weight of codes, dequantized a few rows at a time: w = (codes - zero) * scale.
+def low_bit_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | int, group_of_column: Tensor | None, product: Product, levels: Tensor | None = None
+) -> Tensor:
+    """[M, K] by a weight of codes, dequantized a few rows at a time: w = (codes - zero) * scale, or levels[codes] * scale.
 
     Args:
         codes: uint8 [N, K], or two a byte as `pack_nibbles` leaves them.
@@ -105,6 +107,7 @@ def low_bit_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | int, 
         zero: [N, G] in the codes' units, or one for all.
         group_of_column: int [K], or None where groups are equal runs of columns.
         product: multiplies [M, K] by [n, K].
+        levels: float32 [2**bits], what codes of floats and tables stand for; None for integers.
     """
     columns = x.shape[1]
     at_once = max(1, _WEIGHTS_AT_ONCE // columns)
@@ -113,7 +116,8 @@ def low_bit_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | int, 
         of = slice(start, start + at_once)
         z = zero if isinstance(zero, int) else zero[of].float()
         rows = codes[of] if codes.shape[1] == columns else unpack_nibbles(codes[of], columns)
-        parts.append(product(x, _dequantize(rows, scale[of].float(), z, group_of_column)))
+        values = rows.float() if levels is None else levels[rows.long()]
+        parts.append(product(x, _dequantize(values, scale[of].float(), z, group_of_column)))
     return torch.cat(parts, dim=1)
 
 
@@ -129,14 +133,14 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :columns]
 
 
-def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | int, group_of_column: Tensor | None) -> Tensor:
-    rows, columns = codes.shape
+def _dequantize(values: Tensor, scale: Tensor, zero: Tensor | int, group_of_column: Tensor | None) -> Tensor:
+    rows, columns = values.shape
     groups = scale.shape[1]
     if group_of_column is None and columns % groups == 0:
         z = zero if isinstance(zero, int) else zero[..., None]
-        return ((codes.view(rows, groups, -1).float() - z) * scale[..., None]).view(rows, columns)
+        return ((values.view(rows, groups, -1) - z) * scale[..., None]).view(rows, columns)
     z = zero if isinstance(zero, int) else _expand(zero, columns, group_of_column)
-    return (codes.float() - z) * _expand(scale, columns, group_of_column)
+    return (values - z) * _expand(scale, columns, group_of_column)
 
 
 def _expand(per_group: Tensor, columns: int, group_of_column: Tensor | None) -> Tensor:

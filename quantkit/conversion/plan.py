@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint.writer import TensorPlan, planned_bytes
 from quantkit.conversion.recipe import Recipe, Rule
-from quantkit.core.scheme import Scheme, fit_group, parse_scheme
+from quantkit.core.scheme import Scheme
+from quantkit.core.scheme_names import fit_group, parse_scheme
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.base import Format, plan_shapes
 from quantkit.formats.opened import OpenedCheckpoint
@@ -227,11 +228,14 @@ def _is_shipped(name: str) -> bool:
 def _fit(linear: Linear, rule: Rule, recipe: Recipe) -> LayerPlan:
     wanted = parse_scheme(rule.scheme)
     rounding = get_rounding(rule.rounding_name, rule.rounding_settings)
-    columns = linear.shape[1]
-    fitted = fit_group(wanted, columns)
+    rows, columns = linear.shape
+    fitted = fit_group(wanted, linear.shape)
     if fitted == wanted:
         return LayerPlan(linear, wanted, rounding)
     assert wanted.weight is not None and not rule.strict
+    if fitted is not None and isinstance(wanted.weight.group, tuple):
+        high, wide = wanted.weight.group
+        return LayerPlan(linear, fitted, rounding, f"blocks of {high} x {wide} do not divide {rows} x {columns}, so {fitted.name}")
     if fitted is not None:
         return LayerPlan(linear, fitted, rounding, f"groups of {wanted.weight.group} do not divide {columns} columns, so {fitted.name}")
     fallback = parse_scheme(recipe.fallback)

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from quantkit.core.scheme import CHANNEL, Scheme, parse_scheme
+from quantkit.core.scheme import CHANNEL, Scheme
+from quantkit.core.scheme_names import parse_scheme, takes_group, with_group
 from quantkit.errors import RecipeError, UsageError, did_you_mean
 from quantkit.paths import packaged
 
@@ -135,7 +136,7 @@ class Recipe(BaseModel):
                 parse_scheme(scheme)
                 strict = bool(re.search(r"-g\d+$", scheme))
                 rule = Rule(pattern=checked_pattern(pattern), scheme=scheme, rounding=usual, strict=strict)
-                says_group = strict or scheme.endswith("-channel") or parse_scheme(scheme).activation is not None
+                says_group = strict or scheme.endswith("-channel") or not takes_group(parse_scheme(scheme))
                 front.append(rule if group_size is None or says_group else _regrouped(rule, group_size))
             return self.model_copy(update={"rules": tuple(front + rules)})
         except RecipeError as error:  # the same words stand for a recipe's own content where that is wrong
@@ -177,13 +178,12 @@ def checked_pattern(pattern: str) -> str:
 
 def _regrouped(rule: Rule, group_size: int) -> Rule:
     scheme: Scheme = parse_scheme(rule.scheme)
-    if scheme.weight is None:
+    if scheme.weight is None or (scheme.weight.group == CHANNEL == group_size):
         return rule
-    if scheme.activation is not None:
-        if group_size == CHANNEL:
-            return rule
-        raise RecipeError(f"group size {group_size} is not for {rule.scheme}, whose weights have one scale a channel; leave --group-size out")
-    return rule.model_copy(update={"scheme": scheme.with_group(group_size).name, "strict": group_size != CHANNEL})
+    if not takes_group(scheme):
+        shared = "one scale a channel" if scheme.weight.group == CHANNEL else "the groups of their format"
+        raise RecipeError(f"group size {group_size} is not for {rule.scheme}, whose weights have {shared}; leave --group-size out")
+    return rule.model_copy(update={"scheme": with_group(scheme, group_size).name, "strict": group_size != CHANNEL})
 
 
 def _check_rounding(rule: Rule) -> None:

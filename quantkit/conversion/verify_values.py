@@ -95,7 +95,7 @@ def _impossible(q: QuantizedTensor, act_order: bool) -> list[tuple[str, str]]:
     found = []
     if int(q.codes.max()) > q.spec.max_code:
         found.append(("codes", f"has codes up to {int(q.codes.max())}; {q.spec.bits} bits reach {q.spec.max_code}"))
-    scale = q.scale.float()
+    scale = q.scales
     if not torch.isfinite(scale).all():
         found.append(("scales", f"has {int((~torch.isfinite(scale)).sum())} scales that are not finite"))
     if (scale == 0).any():

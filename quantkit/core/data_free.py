@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quantkit.core.qtensor import QuantizedTensor, from_grid
-from quantkit.core.quantize import as_groups, range_grid, search_grid
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.quantize import rounded
 from quantkit.core.scheme import CHANNEL, QuantSpec
 
 INT8_ROWS = QuantSpec(bits=8, group=CHANNEL)
@@ -17,31 +17,30 @@ _AT_ONCE = 1 << 18
 
 def quantize(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search: bool = True) -> QuantizedTensor:
     """A weight [N, K] of any float type on the grid that loses least, every error weighing the same, or on the one that spans its range."""
-    parts = (_round(rows.float(), spec, scale_dtype, search=search) for rows in weight.split(_rows_at_once(weight.shape[1])))
+    if spec.spans_rows or spec.shares_range:
+        return rounded(weight.float(), spec, scale_dtype, search=search)
+    parts = (rounded(rows.float(), spec, scale_dtype, search=search) for rows in weight.split(_rows_at_once(weight.shape[1])))
     return _joined(parts, _empty(weight.shape, spec, scale_dtype, weight.device))
 
 
 def to_int8_rows(q: QuantizedTensor) -> QuantizedTensor:
     """The weight rounded again to 8 bits with one scale a row, nothing searched."""
-    rows, at_once = q.shape[0], _rows_at_once(q.shape[1])
+    rows, at_once = q.shape[0], q.shape[0] if q.spec.is_flat else _rows_at_once(q.shape[1])
+    if isinstance(q.spec.group, tuple):
+        at_once = max(q.spec.group[0], at_once // q.spec.group[0] * q.spec.group[0])
     values = (q.rows(start, min(start + at_once, rows)).dequantize() for start in range(0, rows, at_once))
-    parts = (_round(part, INT8_ROWS, torch.float32, search=False) for part in values)
+    parts = (rounded(part, INT8_ROWS, torch.float32, search=False) for part in values)
     return _joined(parts, _empty(q.shape, INT8_ROWS, torch.float32, q.codes.device))
-
-
-def _round(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search: bool) -> QuantizedTensor:
-    groups = as_groups(weight, spec)
-    grid = (search_grid if search else range_grid)(groups, spec, scale_dtype)
-    return from_grid(spec, grid.codes(groups, spec.max_code).reshape(weight.shape), grid, scale_dtype)
 
 
 def _empty(shape: Sequence[int], spec: QuantSpec, scale_dtype: torch.dtype, device: torch.device) -> QuantizedTensor:
     """Room for the whole result, made before any part of it: parts kept until the end would lie between what is freed, and hold it."""
     rows, columns = shape
-    per_group = rows, spec.num_groups(columns)
+    per_group = spec.scale_shape(rows, columns)
     zero = None if spec.symmetric else torch.empty(per_group, dtype=torch.int16, device=device)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=device)
-    return QuantizedTensor(spec, codes, torch.empty(per_group, dtype=scale_dtype, device=device), zero)
+    dtype = {"e8m0": torch.float8_e8m0fnu, "row maximum": torch.float32}.get(spec.scale, scale_dtype)
+    return QuantizedTensor(spec, codes, torch.empty(per_group, dtype=dtype, device=device), zero)
 
 
 def _joined(parts: Iterable[QuantizedTensor], whole: QuantizedTensor) -> QuantizedTensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from quantkit.core.packing import pack, packed_words, unpack, unpack_whole
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import CHANNEL, ActivationSpec, QuantSpec, Scheme, parse_scheme
+from quantkit.core.scheme import CHANNEL, ActivationSpec, QuantSpec, Scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import assembled
 from quantkit.formats.name_patterns import NamePatterns

@@ -18,7 +18,8 @@ from torch import Tensor
 from quantkit import __version__
 from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import CHANNEL, UNQUANTIZED, QuantSpec, Scheme, parse_scheme
+from quantkit.core.scheme import CHANNEL, UNQUANTIZED, QuantSpec, Scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import assembled
 from quantkit.formats.fusion import fused_groups

@@ -13,8 +13,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from quantkit.core.qtensor import QuantizedTensor, from_grid
-from quantkit.core.quantize import Grid, as_groups, range_grid, search_grid
+from quantkit.core.groups import as_groups
+from quantkit.core.levels import nearest_level
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.quantize import Grid, column_weights, from_grid, range_grid, rounded, search_grid
+from quantkit.core.scales import ScaleType
 from quantkit.core.scheme import QuantSpec
 from quantkit.errors import CalibrationError, RecipeError, did_you_mean
 from quantkit.methods.base import Statistics
@@ -56,62 +59,77 @@ class GPTQ:
             raise RecipeError(f"block is {self.block!r}; give a number of columns, such as 128")
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
-        """Raises CalibrationError when the Hessian is not finite, or no damping makes it positive definite."""
+        """Raises CalibrationError when the Hessian is not finite, or no damping makes it positive definite.
+
+        Where rows share scales these are searched beforehand and stay. Blocks that run over the ends of rows are rounded to nearest.
+        """
         assert statistics is not None
         if not bool(torch.isfinite(statistics.hessian).all()):
             cause = "most likely a weight before it is far out of range and the model damaged"
             raise CalibrationError(f"the squares of its inputs overflow on calibration data; {cause}")
+        if spec.is_flat and weight.shape[1] % spec.group_size(weight.shape[1]):
+            return rounded(weight, spec, scale_dtype, search=self.search, importance=statistics.hessian.diagonal())
+        scales = ScaleType.of(spec, scale_dtype, weight)
         diagonal = _without_dead(statistics.hessian.diagonal())
+        shared = self._shared_grid(weight, diagonal, spec, scales) if spec.spans_rows else None
+        of_rows = None if shared is None else _row_by_row(shared, spec, weight.shape)
         order = visiting_order(diagonal, spec, self.order)
         hessian = statistics.hessian[order[:, None], order]
         hessian.diagonal().copy_(diagonal[order])
         factor, damp = inverse_factor(hessian, self.damp)
         del hessian
-        codes, grid = self._round(weight[:, order], factor, order, spec, scale_dtype)
+        levels, grid = self._round(weight[:, order], factor, order, spec, scales, of_rows)
         del factor
-        codes = codes[:, torch.argsort(order)]
+        levels = levels[:, torch.argsort(order)]
         if self.descent:
             damped = statistics.hessian.clone()
             damped.diagonal().copy_(diagonal + damp * diagonal.mean())
-            codes, grid = descend(weight, damped, codes, grid, spec, scale_dtype, passes=self.descent)
-        return from_grid(spec, codes, grid, scale_dtype)
+            levels, grid = descend(weight, damped, levels, grid, spec, scales if shared is None else None, passes=self.descent)
+        return from_grid(spec, levels, grid if shared is None else shared, scales)
 
-    def _round(self, weight: Tensor, factor: Tensor, order: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Grid]:
-        """Codes [N, K] in visiting order and the grid [N, G, 1] in original group order. Consumes `weight`."""
+    def _shared_grid(self, weight: Tensor, diagonal: Tensor, spec: QuantSpec, scales: ScaleType) -> Grid:
+        groups = as_groups(weight, spec)
+        grid = search_grid(groups, spec, scales, column_weights(diagonal, spec, weight.shape)) if self.search else range_grid(groups, spec, scales)
+        return grid.doubly_quantized() if spec.scale == "nested" else grid
+
+    def _round(
+        self, weight: Tensor, factor: Tensor, order: Tensor, spec: QuantSpec, scales: ScaleType, fixed: Grid | None
+    ) -> tuple[Tensor, Grid]:
+        """Levels [N, K] in visiting order and the grid [N, G, 1] in original group order, `fixed` where that is given. Consumes `weight`."""
         columns = weight.shape[1]
         size = spec.group_size(columns)
         group_of = (order // size).tolist()
         importance = factor.diagonal().pow(-2)
-        grid = self._grid_beforehand(weight, importance, order, spec, dtype)
-        codes = torch.empty_like(weight)
+        grid = fixed or self._grid_beforehand(weight, importance, order, spec, scales)
+        levels = torch.empty_like(weight)
         for start in range(0, columns, self.block):
             end = min(start + self.block, columns)
             block, local = weight[:, start:end], factor[start:end, start:end]
             errors = torch.empty_like(block)
             for i in range(end - start):
                 column = start + i
-                if self._reaches_group(column, size):
-                    self._search_group(grid, group_of[column], weight, column, size, importance, factor, (start, i, errors), spec, dtype)
+                if fixed is None and self._reaches_group(column, size):
+                    self._search_group(grid, group_of[column], weight, column, size, importance, factor, (start, i, errors), spec, scales)
                 scale, zero = grid.scale[:, group_of[column], 0], grid.zero[:, group_of[column], 0]
-                code = torch.clamp(torch.round(block[:, i] / scale + zero), 0, spec.max_code)
-                codes[:, column] = code
-                errors[:, i] = (block[:, i] - (code - zero) * scale) / local[i, i]
+                level = nearest_level(block[:, i] / scale, spec, zero)
+                levels[:, column] = level
+                errors[:, i] = (block[:, i] - level * scale) / local[i, i]
                 block[:, i + 1 :] -= errors[:, i, None] * local[i, None, i + 1 :]
             weight[:, end:] -= errors @ factor[start:end, end:]
-        return codes, grid
+        return levels, grid
 
     def _reaches_group(self, column: int, size: int) -> bool:
         return self.order != "static" and column % size == 0
 
-    def _grid_beforehand(self, weight: Tensor, importance: Tensor, order: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Grid:
+    def _grid_beforehand(self, weight: Tensor, importance: Tensor, order: Tensor, spec: QuantSpec, scales: ScaleType) -> Grid:
         back = torch.argsort(order)
         groups = as_groups(weight[:, back], spec)
         if self.order == "static" and self.search:
-            return search_grid(groups, spec, dtype, as_groups(importance[back][None], spec))
-        return range_grid(groups, spec, dtype)
+            return search_grid(groups, spec, scales, as_groups(importance[back][None], spec))
+        return range_grid(groups, spec, scales)
 
     def _search_group(self, grid: Grid, group: int, weight: Tensor, column: int, size: int, importance: Tensor, factor: Tensor,
-                      pending: tuple[int, int, Tensor], spec: QuantSpec, dtype: torch.dtype) -> None:
+                      pending: tuple[int, int, Tensor], spec: QuantSpec, scales: ScaleType) -> None:
         """Set the grid of the group that starts at this column from its weights as compensated so far."""
         start, done, errors = pending
         members = weight[:, column : column + size]
@@ -121,9 +139,21 @@ class GPTQ:
             members = torch.cat([members[:, : end - column], late], dim=1)
         members = members[:, None]
         weights = importance[column : column + size][None, None]
-        found = search_grid(members, spec, dtype, weights) if self.search else range_grid(members, spec, dtype)
+        found = search_grid(members, spec, scales, weights) if self.search else range_grid(members, spec, scales)
         grid.scale[:, group] = found.scale[:, 0]
         grid.zero[:, group] = found.zero[:, 0]
+
+
+def _row_by_row(grid: Grid, spec: QuantSpec, shape: tuple[int, int]) -> Grid:
+    """A grid whose scales rows share, as [N, G, 1] with a scale for every row and run of columns."""
+    rows, columns = shape
+    if spec.is_flat:
+        scale = grid.scale.reshape(rows, -1, 1)
+    else:
+        high = spec.group[0] if isinstance(spec.group, tuple) else rows
+        scale = grid.scale.repeat_interleave(high, dim=0)
+    assert scale.shape[1] == spec.num_groups(columns)
+    return Grid(scale, torch.full_like(scale, spec.mid_code))
 
 
 def visiting_order(importance: Tensor, spec: QuantSpec, order: Order) -> Tensor:

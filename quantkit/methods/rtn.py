@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.core.qtensor import QuantizedTensor, from_grid
-from quantkit.core.quantize import as_groups, range_grid, search_grid
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.quantize import rounded
 from quantkit.core.scheme import QuantSpec
 from quantkit.methods.base import Statistics
 
@@ -20,9 +20,7 @@ class RoundToNearest:
     needs_calibration = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
-        groups = as_groups(weight, spec)
-        grid = range_grid(groups, spec, scale_dtype)
-        return from_grid(spec, grid.codes(groups, spec.max_code).reshape(weight.shape), grid, scale_dtype)
+        return rounded(weight, spec, scale_dtype, search=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,5 @@ class SearchedScales:
     needs_calibration = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
-        groups = as_groups(weight, spec)
-        importance = None if statistics is None else as_groups(statistics.hessian.diagonal()[None], spec)
-        grid = search_grid(groups, spec, scale_dtype, importance)
-        return from_grid(spec, grid.codes(groups, spec.max_code).reshape(weight.shape), grid, scale_dtype)
+        importance = None if statistics is None else statistics.hessian.diagonal()
+        return rounded(weight, spec, scale_dtype, search=True, importance=importance)

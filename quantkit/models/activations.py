@@ -8,23 +8,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantkit.core.quantize import fake_quantize
+from quantkit.core.activations import fake_quantize
 from quantkit.core.scheme import ActivationSpec, Scheme
 
 
 @contextmanager
-def fake_quantize_inputs(modules: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> Iterator[None]:
+def fake_quantize_inputs(
+    modules: Mapping[str, nn.Module], schemes: Mapping[str, Scheme], static_scales: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Within the body, quantize the input of every module whose scheme quantizes activations.
 
     Args:
         modules: linears by checkpoint name.
         schemes: the checkpoint's quantized layers; names that are not among the modules are passed over.
+        static_scales: the calibrated scale [1] of every input whose scheme has one.
     """
     handles = []
     for name, module in modules.items():
         scheme = schemes.get(name)
         if scheme is not None and scheme.activation is not None:
-            handles.append(module.register_forward_pre_hook(_quantizing(scheme.activation)))
+            handles.append(module.register_forward_pre_hook(_quantizing(scheme.activation, (static_scales or {}).get(name))))
     try:
         yield
     finally:
@@ -32,8 +35,8 @@ def fake_quantize_inputs(modules: Mapping[str, nn.Module], schemes: Mapping[str,
             handle.remove()
 
 
-def _quantizing(spec: ActivationSpec) -> Any:
+def _quantizing(spec: ActivationSpec, static_scale: Tensor | None) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (fake_quantize(inputs[0], spec), *inputs[1:])
+        return (fake_quantize(inputs[0], spec, static_scale), *inputs[1:])
 
     return hook

@@ -99,7 +99,7 @@ def load(
     _require_pageable(config, origin.name)
     architecture = describe(config, opened, trust_remote_code=trust_remote_code)
     linears = [linear for block in architecture.blocks for linear in block.linears] if quantization is not None else []
-    at_load = {linear.path: scheme_at_load(quantization, linear.shape[1]) for linear in linears if quantization is not None}
+    at_load = {linear.path: scheme_at_load(quantization, linear.shape) for linear in linears if quantization is not None}
     schemes = opened.schemes | {linear.name: at_load[linear.path] for linear in linears}
     kv_scales = read_kv_scales(opened, architecture)
     unread = architecture.unplaced(opened.names)

@@ -6,7 +6,8 @@ import torch
 
 from quantkit.core import data_free
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import Scheme, fit_group, parse_scheme
+from quantkit.core.scheme import Scheme
+from quantkit.core.scheme_names import fit_group, parse_scheme
 from quantkit.errors import UsageError, did_you_mean
 from quantkit.formats.opened import OpenedCheckpoint
 
@@ -27,9 +28,9 @@ def require_unquantized(opened: OpenedCheckpoint, source: str, name: str) -> Non
         raise UsageError(f"{source} is quantized already ({', '.join(schemes)}); leave --quantization {name} out, or give the model it was made from")
 
 
-def scheme_at_load(name: str, columns: int) -> Scheme:
-    """The scheme of a layer of this many input features: groups of 128, or of 64 or 32 where those divide it, else 8 bits with one scale a row."""
-    return fit_group(parse_scheme(AT_LOAD[name]), columns) or parse_scheme(_FALLBACK)
+def scheme_at_load(name: str, shape: tuple[int, int]) -> Scheme:
+    """The scheme of a weight [N, K]: groups of 128, or of 64 or 32 where those divide K, else 8 bits with one scale a row."""
+    return fit_group(parse_scheme(AT_LOAD[name]), shape) or parse_scheme(_FALLBACK)
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme, model_dtype: torch.dtype) -> QuantizedTensor:

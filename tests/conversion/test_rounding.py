@@ -11,7 +11,7 @@ from torch import Tensor
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import round_together
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import parse_scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import CalibrationError, SourceError
 from quantkit.methods.base import Statistics
 from quantkit.methods.gptq import GPTQ

@@ -19,10 +19,9 @@ from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify import VerifyOptions, verify
+from quantkit.core.data_free import quantize
 from quantkit.core.packing import pack
-from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.quantize import as_groups, search_grid
-from quantkit.core.scheme import parse_scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import SourceError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import FORMATS
@@ -234,10 +233,7 @@ def test_square_conv1d_weights_are_turned_the_right_way(tmp_path: Path) -> None:
     linears = [linear for block in describe(load_config(tmp_path / "source"), source).blocks for linear in block.linears]
     tensors = {name: source.get(name) for name in source.names if name.removesuffix(".weight") not in {linear.name for linear in linears}}
     for linear in linears:
-        groups = as_groups(source.get(f"{linear.name}.weight").T, scheme.weight)
-        grid = search_grid(groups, scheme.weight, torch.float16)
-        codes = grid.codes(groups, scheme.weight.max_code).to(torch.uint8).view(linear.shape)
-        parts = fmt.encode(QuantizedTensor(scheme.weight, codes, grid.scale[..., 0].half()), scheme)
+        parts = fmt.encode(quantize(source.get(f"{linear.name}.weight").T, scheme.weight, torch.float16), scheme)
         tensors |= {f"{linear.name}.{part}": tensor for part, tensor in parts.items()}
     out = tmp_path / "out"
     out.mkdir()

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from quantkit.core.scheme import parse_scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.formats.engine_rules import Stored, StoredLayer
 from quantkit.formats.engines import CONTAINERS, ENGINES, Verdict, verdicts
 

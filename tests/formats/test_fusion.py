@@ -10,7 +10,8 @@ import pytest
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verify import verify
-from quantkit.core.scheme import Scheme, parse_scheme
+from quantkit.core.scheme import Scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.formats.registry import FORMATS
 from tests.conversion.conftest import save_tiny
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import parse_scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
 from quantkit.formats.gptq import labelled
 from quantkit.formats.registry import FORMATS

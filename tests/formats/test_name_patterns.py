@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from quantkit.core.scheme import parse_scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import plan_shapes
 from quantkit.formats.name_patterns import NamePatterns, Targets

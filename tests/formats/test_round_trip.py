@@ -8,7 +8,8 @@ from transformers import GPTQConfig
 
 from quantkit import __version__
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import Scheme, parse_scheme
+from quantkit.core.scheme import Scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.formats.base import plan_shapes
 from quantkit.formats.registry import FORMATS, format_of
 

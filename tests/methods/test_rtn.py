@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.core.quantize import GridSearch, as_groups, range_grid, rounding_noise, search_grid, stored_scale
+from quantkit.core.groups import as_groups
+from quantkit.core.quantize import GridSearch, range_grid, rounding_noise, search_grid
+from quantkit.core.scales import ScaleType, stored_scale
 from quantkit.core.scheme import CHANNEL, WEIGHT_BITS, QuantSpec
 from quantkit.errors import RecipeError
 from quantkit.methods import ROUNDINGS, Statistics, get_rounding
@@ -70,21 +72,21 @@ def test_searched_scales_are_never_worse_than_the_range(spec: QuantSpec, is_weig
     importance = torch.rand(1, *groups.shape[1:], generator=torch.Generator().manual_seed(5)) if is_weighted else torch.ones(1, 1, 1)
 
     def loss(grid) -> Tensor:
-        return (importance * (grid.values(grid.codes(groups, spec.max_code)) - groups) ** 2).sum(-1)
+        return (importance * (grid.values(grid.nearest(groups, spec)) - groups) ** 2).sum(-1)
 
-    searched = loss(search_grid(groups, spec, dtype, importance if is_weighted else None))
+    searched = loss(search_grid(groups, spec, ScaleType(dtype), importance if is_weighted else None))
 
-    assert bool((searched <= loss(range_grid(groups, spec, dtype))).all())
-    assert searched.sum() < loss(range_grid(groups, spec, dtype)).sum() or spec.bits == 8
+    assert bool((searched <= loss(range_grid(groups, spec, ScaleType(dtype)))).all())
+    assert searched.sum() < loss(range_grid(groups, spec, ScaleType(dtype))).sum() or spec.bits == 8
 
 
 def test_a_search_in_chunks_is_the_search_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, groups = QuantSpec(4, 32), as_groups(weights(rows=40), QuantSpec(4, 32))
-    whole = search_grid(groups, spec, torch.float16)
+    whole = search_grid(groups, spec, ScaleType(torch.float16))
 
     monkeypatch.setattr("quantkit.core.quantize._CHUNK", 300)
 
-    assert torch.equal(search_grid(groups, spec, torch.float16).scale, whole.scale)
+    assert torch.equal(search_grid(groups, spec, ScaleType(torch.float16)).scale, whole.scale)
 
 
 def test_importance_moves_error_to_where_it_does_not_matter() -> None:
@@ -129,8 +131,8 @@ def test_a_widened_search_finds_an_outlier_s_group_worth_clipping() -> None:
     weight = weights(rows=4, columns=32)
     weight[:, 0] = 0.5
 
-    few = search_grid(weight[:, None], QuantSpec(4, 32), torch.float16, search=GridSearch(steps=2, low=1.0, high=1.0, refits=0))
-    many = search_grid(weight[:, None], QuantSpec(4, 32), torch.float16)
+    few = search_grid(weight[:, None], QuantSpec(4, 32), ScaleType(torch.float16), search=GridSearch(steps=2, low=1.0, high=1.0, refits=0))
+    many = search_grid(weight[:, None], QuantSpec(4, 32), ScaleType(torch.float16))
 
     assert bool((many.scale.abs() <= few.scale.abs() * 1.1 + 1e-6).all())
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from quantkit.core.quantize import fake_quantize
-from quantkit.core.scheme import ActivationSpec, parse_scheme
+from quantkit.core.activations import fake_quantize
+from quantkit.core.scheme import ActivationSpec
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.models.activations import fake_quantize_inputs
 
 

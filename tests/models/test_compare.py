@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from quantkit.core.activations import fake_quantize
 from quantkit.core.divergence import Divergence
-from quantkit.core.quantize import fake_quantize
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import describe, load_config

@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING
 from quantkit import ops
 from quantkit.core.data_free import quantize
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import Scheme, parse_scheme
+from quantkit.core.scheme import Scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import UsageError
 from quantkit.models.architecture import describe
 from quantkit.models.sharding import Split, shard, split_of
