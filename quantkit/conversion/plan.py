@@ -115,7 +115,7 @@ def make_plan(
     """
     unbuilt = _unbuilt(source, architecture)
     layers, left_alone = _decide(architecture, unbuilt, recipe, source, get_format(format_name))
-    fmt = get_format(format_name, (layer.scheme for layer in layers.values()))
+    fmt = get_format(format_name, (layer.scheme for layer in layers.values()), dtype or source.dtype)
     _check_format(fmt, layers)
     ignored = _ignored_linears(architecture, layers) | {name for name in unbuilt if f"{name}.weight" in source}
     plan = Plan(fmt, layers, left_alone, sorted(ignored), [], [], source.reader.total_bytes, max_shard_size)

@@ -6,16 +6,24 @@ they are stated once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.safetensors_header import TensorInfo
+from quantkit.core.dynamic_map import dynamic_map
 from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.scales import NESTED_BLOCK, NestedScales
 from quantkit.core.scheme import QuantSpec, Scheme
 from quantkit.errors import FormatError
+
+Infos = Mapping[str, TensorInfo]
+"""What the headers say of a layer's tensors, by their names under the module."""
+Read = Callable[[str], Tensor]
+"""A stored tensor by name."""
 
 
 class Format(Protocol):
@@ -24,6 +32,8 @@ class Format(Protocol):
     name: str
     holds_conv1d: bool
     """Whether loaders of this container accept a quantized GPT-2 style Conv1D."""
+    holds_mixed: bool
+    """Whether its layers may have unlike schemes."""
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Why a weight [N, K] cannot be stored by this scheme, or None when it can."""
@@ -45,8 +55,20 @@ class Format(Protocol):
         """The quantization_config of a checkpoint with these quantized layers and these linears left alone."""
         ...
 
-    def read_config(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-        """The scheme of every quantized module of a checkpoint with this quantization_config and these tensor names."""
+    def read_config(self, config: Mapping[str, Any], names: Iterable[str], read: Read) -> dict[str, Scheme]:
+        """The scheme of every quantized module of a checkpoint with this quantization_config and these tensor names.
+
+        Args:
+            read: gives a tensor by its name in the checkpoint; used for a few bytes where the configuration leaves something open.
+        """
+        ...
+
+    def stored_shape(self, infos: Infos, scheme: Scheme, read: Read) -> tuple[int, int]:
+        """(N, K) of a layer, from its headers; `read` gives a tensor by its name under the module, and is asked for a few bytes at most.
+
+        Raises:
+            FormatError: the part that tells is absent.
+        """
         ...
 
     def part_names(self, scheme: Scheme) -> tuple[str, ...]:
@@ -58,30 +80,42 @@ class Format(Protocol):
 def plan_shapes(fmt: Format, scheme: Scheme, shape: tuple[int, int], model_dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of every tensor that `fmt` will write for a weight [N, K], without its values. Thousands of layers have a handful of shapes."""
     assert scheme.weight is not None
-    q = blank(scheme.weight, shape, fmt.scale_dtype(model_dtype))
+    q = blank(scheme, shape, fmt.scale_dtype(model_dtype))
     return {name: (t.dtype, tuple(t.shape)) for name, t in fmt.encode(q, scheme).items()}
 
 
 def assembled(
-    spec: QuantSpec, codes: Tensor, scale: Tensor, zero: Tensor | None = None, group_of_column: Tensor | None = None
+    spec: QuantSpec, codes: Tensor, scale: Tensor, zero: Tensor | None = None, group_of_column: Tensor | None = None, divisor: Tensor | None = None
 ) -> QuantizedTensor:
     """What `decode` found, put together.
 
     Raises:
-        FormatError: there is not one scale, and zero point, for every group of every row.
+        FormatError: there is not one scale, and zero point, for everything that shares one.
     """
     rows, columns = codes.shape
-    wanted = [rows, spec.num_groups(columns)]
+    wanted = list(spec.scale_shape(rows, columns))
     for name, found in (("scales", scale), ("zero points", zero)):
         if found is not None and list(found.shape) != wanted:
-            size = spec.group_size(columns)
+            size = spec.group if isinstance(spec.group, tuple) else spec.group_size(columns)
             raise FormatError(f"the {name} are {list(found.shape)}; {rows} x {columns} codes in the config's groups of {size} have {wanted}")
-    return QuantizedTensor(spec, codes, scale, zero, group_of_column)
+    return QuantizedTensor(spec, codes, scale, zero, group_of_column, divisor)
 
 
-def blank(spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> QuantizedTensor:
+def blank(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype) -> QuantizedTensor:
     """A quantized tensor on the meta device: shapes and types, no values."""
-    rows, columns = shape
-    per_group = (rows, spec.num_groups(columns))
-    zero = None if spec.symmetric else torch.empty(per_group, dtype=torch.int16, device="meta")
-    return QuantizedTensor(spec, torch.empty(shape, dtype=torch.uint8, device="meta"), torch.empty(per_group, dtype=scale_dtype, device="meta"), zero)
+    spec = scheme.weight
+    assert spec is not None
+    per_group = spec.scale_shape(*shape)
+
+    def empty(size: Iterable[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(size), dtype=dtype, device="meta")
+
+    stored = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "nested": torch.uint8, "row maximum": torch.float32}
+    nested = NestedScales(empty((-(-per_group[0] // NESTED_BLOCK),), torch.float32), empty((), torch.float32), dynamic_map().to("meta"))
+    return QuantizedTensor(
+        spec, empty(shape, torch.uint8), empty(per_group, stored.get(spec.scale, scale_dtype)),
+        zero=None if spec.symmetric else empty(per_group, torch.int16),
+        divisor=empty((1,), torch.float32) if spec.scale == "e4m3" else None,
+        nested=nested if spec.scale == "nested" else None,
+        input_scale=empty((1,), scale_dtype) if scheme.activation is not None and scheme.activation.is_static else None,
+    )  # fmt: skip

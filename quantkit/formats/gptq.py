@@ -18,10 +18,10 @@ from torch import Tensor
 from quantkit import __version__
 from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import CHANNEL, UNQUANTIZED, QuantSpec, Scheme
+from quantkit.core.scheme import UNQUANTIZED, QuantSpec, Scheme
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
-from quantkit.formats.base import assembled
+from quantkit.formats.base import Infos, Read, assembled
 from quantkit.formats.fusion import fused_groups
 from quantkit.formats.name_patterns import NamePatterns
 
@@ -30,6 +30,7 @@ _BITS = (2, 3, 4, 8)
 
 class GPTQ:
     holds_conv1d = True
+    holds_mixed = True
 
     def __init__(self, zero_offset: int) -> None:
         """`zero_offset` is what a stored zero point lacks: 1 in v1, 0 in v2."""
@@ -39,11 +40,13 @@ class GPTQ:
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         spec = scheme.weight
         assert spec is not None
+        if spec.kind != "int" or spec.scale != "float":
+            return f"gptq holds integers, not {scheme.name}; use compressed-tensors or bitsandbytes"
         if scheme.activation is not None:
             return "gptq stores no activation quantization; use compressed-tensors"
         if spec.bits not in _BITS:
             return f"gptq loaders read {', '.join(map(str, _BITS))} bits, not {spec.bits}; use compressed-tensors"
-        if spec.group not in (None, CHANNEL) and shape[1] % spec.group:
+        if isinstance(spec.group, int) and spec.group > 0 and shape[1] % spec.group:
             return f"groups of {spec.group} do not divide {shape[1]} input features"
         if self.zero_offset == 1 and not spec.symmetric:
             return "a zero point of 0 has no v1 form; use gptq-v2"
@@ -54,6 +57,12 @@ class GPTQ:
 
     def part_names(self, scheme: Scheme) -> tuple[str, ...]:
         return ("qweight", "qzeros", "scales", "g_idx")
+
+    def stored_shape(self, infos: Infos, scheme: Scheme, read: Read) -> tuple[int, int]:
+        if "qweight" not in infos or scheme.weight is None:
+            raise FormatError(f"it has {', '.join(sorted(infos)) or 'nothing'}")
+        words, rows = infos["qweight"].shape
+        return rows, infos["g_idx"].shape[0] if "g_idx" in infos else words * 32 // scheme.weight.bits
 
     def encode(self, q: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
         columns = q.shape[1]
@@ -109,7 +118,7 @@ class GPTQ:
         }  # fmt: skip
         return config | ({"dynamic": dynamic} if dynamic else {})
 
-    def read_config(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    def read_config(self, config: Mapping[str, Any], names: Iterable[str], read: Read) -> dict[str, Scheme]:
         modules = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
         dynamic = config.get("dynamic") or {}
         patterns = NamePatterns({entry: entry.removeprefix("+:") for entry in dynamic if not entry.startswith("-:")})

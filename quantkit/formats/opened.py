@@ -33,7 +33,7 @@ class OpenedCheckpoint:
         self.reader = CheckpointReader(folder)
         config = self.reader.quantization_config
         self.format: Format | None = format_of(config) if config else None
-        self.schemes: dict[str, Scheme] = self.format.read_config(config, self.reader.names) if self.format and config else {}
+        self.schemes: dict[str, Scheme] = self.format.read_config(config, self.reader.names, self.reader.get) if self.format and config else {}
         parts = {f"{module}.{part}" for module, scheme in self.schemes.items() for part in self.format.part_names(scheme)} if self.format else set()
         self.dense_names = [name for name in self.reader.names if name not in parts]
         self._known = {*self.dense_names, *(f"{module}.weight" for module in self.schemes)}
@@ -71,7 +71,7 @@ class OpenedCheckpoint:
 
     def quantized(self, module: str) -> QuantizedTensor:
         assert self.format is not None
-        stored = {name.rpartition(".")[2]: self.reader.get(name) for name in self.parts(module)}
+        stored = {name.removeprefix(f"{module}."): self.reader.get(name) for name in self.parts(module)}
         try:
             return self.format.decode(stored, self.schemes[module])
         except FormatError as error:

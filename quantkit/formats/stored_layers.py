@@ -9,12 +9,12 @@ import torch
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.safetensors_header import TensorInfo
 from quantkit.core.packing import packed_words
-from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.errors import CheckpointError, FormatError, QuantkitError
 from quantkit.formats.base import plan_shapes
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture, Linear
 
-_OPTIONAL_PARTS = {"g_idx", "weight_g_idx", "input_scale"}
+_OPTIONAL_PARTS = {"g_idx", "weight_g_idx", "weight_format"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,19 +24,13 @@ def stored_shape(opened: OpenedCheckpoint, module: str) -> tuple[int, int]:
     Raises:
         CheckpointError: the part that tells is absent, or is no matrix.
     """
-    reader, scheme = opened.reader, opened.schemes[module]
-    assert scheme.weight is not None
-    infos = {name.rpartition(".")[2]: reader.info(name) for name in opened.parts(module)}
-    if "weight_shape" in infos:
-        rows, columns = (int(n) for n in reader.get(f"{module}.weight_shape"))
-        return rows, columns
-    main = infos.get("qweight") or infos.get("weight")
-    if main is None or len(main.shape) != 2:
-        raise CheckpointError(f"{module} is quantized, but of what shape is not stored: it has {', '.join(sorted(infos)) or 'nothing'}")
-    if "qweight" not in infos:
-        return main.shape[0], main.shape[1]
-    columns = infos["g_idx"].shape[0] if "g_idx" in infos else main.shape[0] * 32 // scheme.weight.bits
-    return main.shape[1], columns
+    reader = opened.reader
+    assert opened.format is not None
+    infos = {name.removeprefix(f"{module}."): reader.info(name) for name in opened.parts(module)}
+    try:
+        return opened.format.stored_shape(infos, opened.schemes[module], lambda part: reader.get(f"{module}.{part}"))
+    except (FormatError, ValueError) as error:
+        raise CheckpointError(f"{module} is quantized, but of what shape is not stored: {error}") from error
 
 
 def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
@@ -64,8 +58,9 @@ def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
 
 def scale_dtype(opened: OpenedCheckpoint) -> torch.dtype | None:
     """The type of the first quantized layer's scales."""
-    names = (name for module in opened.schemes for name in opened.parts(module) if name.endswith((".scales", ".weight_scale")))
-    first = next(names, None)
+    ends = (".scales", ".weight_scale")
+    plain = (m for m, scheme in opened.schemes.items() if scheme.weight is not None and scheme.weight.scale == "float")
+    first = next((name for module in plain for name in opened.parts(module) if name.endswith(ends)), None)
     return opened.reader.info(first).dtype if first else None
 
 
@@ -73,7 +68,7 @@ def packs_whole_words(opened: OpenedCheckpoint, shapes: dict[str, tuple[int, int
     """Whether a layer is packed with 32 // bits codes a word where that differs from a dense stream."""
     for module, scheme in opened.schemes.items():
         name = f"{module}.weight_packed"
-        if scheme.weight is not None and name in opened.reader:
+        if scheme.weight is not None and scheme.weight.kind == "int" and name in opened.reader:
             words = opened.reader.info(name).shape[1]
             if words != packed_words(shapes[module][1], scheme.weight.bits):
                 return True

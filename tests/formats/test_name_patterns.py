@@ -49,7 +49,7 @@ def test_a_broken_pattern_is_named() -> None:
         NamePatterns({"+:*": "*"})
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.holds_mixed])
 def test_thousands_of_excepted_layers_open_in_no_time(name: str) -> None:
     schemes = [parse_scheme(s) for s in ("w4a16", "w8a16", "w4a16-g64")]
     layers = {f"model.layers.{i // 100}.mlp.experts.{i % 100}.down_proj": schemes[i % 3] for i in range(6000)}
@@ -57,6 +57,6 @@ def test_thousands_of_excepted_layers_open_in_no_time(name: str) -> None:
     config = FORMATS[name].config(layers, ignored=[f"model.layers.{i}.self_attn.q_proj" for i in range(1000)])
     started = time.process_time()
 
-    assert FORMATS[name].read_config(config, [f"{layer}.{part}" for layer in layers for part in parts]) == layers
+    assert FORMATS[name].read_config(config, [f"{layer}.{part}" for layer in layers for part in parts], dict.get) == layers
 
     assert time.process_time() - started < 5
