@@ -23,7 +23,7 @@ def init(source: str, recipes: tuple[str, ...], formats: tuple[str, ...], suite:
     """Write quantkit-check.json and a GitHub Actions workflow for the model SOURCE (a folder of the repository, or a hub id).
 
     \b
-    quantkit ci init org/name -r w4a16-gptq -r w8a8-gptq
+    quantkit ci init org/name -r w4a16-gptq -r w8a8-int8
     quantkit report --check quantkit-check.json --update     # measures what is to be kept
     git add quantkit-check.json .github
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint.writer import TensorPlan, planned_bytes
 from quantkit.conversion.recipe import Recipe, Rule
-from quantkit.core.scheme import Scheme
-from quantkit.core.scheme_names import fit_group, parse_scheme
+from quantkit.core.scheme import UNQUANTIZED, Scheme
+from quantkit.core.scheme_names import FALLBACK_GROUPS, fit_group, parse_scheme, takes_group, with_group
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.base import Format, plan_shapes
 from quantkit.formats.opened import OpenedCheckpoint
@@ -161,6 +161,7 @@ def _decide(
     _refuse_patterns(recipe, [linear.name for linear in linears], outside | alone)
     chosen = {linear.name: recipe.rule_for(linear.name) for linear in linears}
     _refuse_groups(linears, chosen)
+    common_group = None if fmt.holds_mixed else _common_group(linears, chosen)
     for linear in linears:
         rule = chosen[linear.name]
         if rule is None or rule.scheme == "none":
@@ -168,11 +169,14 @@ def _decide(
         elif linear.is_transposed and not fmt.holds_conv1d:
             left_alone[linear.name] = f"a Conv1D, which loaders of {fmt.name} do not take, and those of gptq do"
         else:
-            layer = _fit(linear, rule, recipe)
-            if layer.scheme.is_quantized:
+            layer = _fit(linear, rule, recipe, common_group)
+            why = fmt.why_not(layer.scheme, linear.shape) if layer.note and layer.scheme.is_quantized else None
+            if layer.scheme.is_quantized and why is None:
                 layers[linear.name] = layer
             else:
-                left_alone[linear.name] = str(layer.note)
+                left_alone[linear.name] = str(layer.note) if why is None else f"{layer.note}, and {why}"
+    if not fmt.holds_mixed:
+        _leave_all_but_one_scheme(layers, left_alone, fmt)
     if not layers:
         raise RecipeError(_nothing_left(recipe, left_alone))
     return layers, left_alone
@@ -225,8 +229,40 @@ def _is_shipped(name: str) -> bool:
     return (packaged("recipes") / f"{name}.yaml").is_file()
 
 
-def _fit(linear: Linear, rule: Rule, recipe: Recipe) -> LayerPlan:
+def _common_group(linears: list[Linear], chosen: dict[str, Rule | None]) -> int | None:
+    """The group for a container whose layers share one: the largest of 64 and 32 that divides every layer its rule does not divide, or None."""
+    columns, groups = [], []
+    for linear in linears:
+        rule = chosen[linear.name]
+        scheme = UNQUANTIZED if rule is None else parse_scheme(rule.scheme)
+        group = scheme.weight.group if scheme.weight is not None and takes_group(scheme) else None
+        if isinstance(group, int) and group > 0:
+            columns.append(linear.shape[1])
+            groups.append(group)
+    if not groups or all(count % max(groups) == 0 for count in columns):
+        return None
+    return next((group for group in FALLBACK_GROUPS if group < max(groups) and all(count % group == 0 for count in columns)), None)
+
+
+def _leave_all_but_one_scheme(layers: dict[str, LayerPlan], left_alone: dict[str, str], fmt: Format) -> None:
+    """Layers that a recipe's fallback gave another scheme keep their type, where the container holds one scheme; unlike rules are a mistake.
+
+    Raises:
+        FormatError: the recipe itself asks for more than one scheme.
+    """
+    asked = sorted({layer.scheme.name for layer in layers.values() if layer.note is None})
+    if len(asked) > 1:
+        raise FormatError(f"{fmt.name} holds one scheme a model, and the recipe asks for {', '.join(asked)}; use compressed-tensors")
+    main = asked[0] if asked else Counter(layer.scheme.name for layer in layers.values()).most_common(1)[0][0] if layers else None
+    for name in [name for name, layer in layers.items() if layer.scheme.name != main]:
+        left_alone[name] = f"{layers.pop(name).note}, and {fmt.name} holds one scheme a model"
+
+
+def _fit(linear: Linear, rule: Rule, recipe: Recipe, common_group: int | None) -> LayerPlan:
     wanted = parse_scheme(rule.scheme)
+    if common_group is not None and takes_group(wanted) and not rule.strict:
+        note = f"groups of {common_group} divide every layer, and the container holds one group size"
+        return LayerPlan(linear, with_group(wanted, common_group), get_rounding(rule.rounding_name, rule.rounding_settings), note)
     rounding = get_rounding(rule.rounding_name, rule.rounding_settings)
     rows, columns = linear.shape
     fitted = fit_group(wanted, linear.shape)

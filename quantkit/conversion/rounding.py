@@ -70,7 +70,7 @@ def _affordable(rounding: Rounding, statistics: Statistics | None, num_inputs: i
 def _require_scales(layer: LayerPlan, weight: Tensor, q: QuantizedTensor, fmt: Format) -> None:
     """Raises SourceError where a scale had to be cut to what its type holds: the largest weights would become far smaller."""
     dtype = q.scale.dtype
-    if not bool((q.scale.abs() >= torch.finfo(dtype).max).any()):
+    if q.spec.scale != "float" or not bool((q.scale.abs() >= torch.finfo(dtype).max).any()):
         return
     has_wider = dtype != torch.bfloat16 and fmt.scale_dtype(torch.bfloat16) == torch.bfloat16
     way = f"leave it with --ignore '{layer.linear.name}$'{', or use --dtype bfloat16' if has_wider else ''}"

@@ -172,11 +172,21 @@ def layout_of(stored: Stored) -> str:
     if stored.container != "compressed-tensors":
         return stored.container
     if stored.layers:
-        return "ct-int8" if any(layer.scheme.activation for layer in stored.layers) else "ct-packed"
+        return _layout_of_layers(stored)
     formats = {str(group.get("format")) for group in r.config_groups(stored)} | {str(stored.config.get("format"))}
     if any("fp4" in f or "fp6" in f for f in formats):
         return "ct-fp4"
     return "ct-fp8" if any("float" in f or "fp8" in f for f in formats) else "ct-other"
+
+
+def _layout_of_layers(stored: Stored) -> str:
+    """The layout of compressed-tensors that asks most of an engine."""
+    specs = [(layer.scheme.weight, layer.scheme.activation) for layer in stored.layers]
+    if any(weight is not None and weight.kind == "e2m1" for weight, _ in specs):
+        return "ct-fp4"
+    if any(weight is not None and weight.kind == "e4m3" for weight, _ in specs):
+        return "ct-fp8"
+    return "ct-int8" if any(activation is not None for _, activation in specs) else "ct-packed"
 
 
 def _verdict(engine: Engine, stored: Stored) -> Verdict:

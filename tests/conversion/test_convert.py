@@ -110,7 +110,7 @@ def test_transformers_decodes_zero_points_as_we_do(tiny: Path, tmp_path: Path, o
 @needs_compressed_tensors
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_quantizes_activations_as_we_do(stories: Path, tmp_path: Path, options: Options) -> None:
-    convert(str(stories), tmp_path / "out", options("w8a8-gptq"))
+    convert(str(stories), tmp_path / "out", options("w8a8-int8"))
     ours = decoded(tmp_path / "out")
     schemes = OpenedCheckpoint(tmp_path / "out").schemes
 

@@ -26,7 +26,7 @@ def scheme(recipe: Recipe, layer: str) -> str | None:
 def test_every_shipped_recipe_loads_under_its_own_name() -> None:
     recipes = list_recipes()
 
-    assert {"w4a16-gptq", "w4a16-rtn", "w8a8-gptq"} <= {recipe.name for recipe in recipes}
+    assert {"w4a16-gptq", "w4a16-rtn", "w8a8-int8"} <= {recipe.name for recipe in recipes}
     for recipe in recipes:
         assert Recipe.load(recipe.name) == recipe and recipe.description.endswith(".")
 
@@ -72,9 +72,9 @@ def test_a_group_size_applies_to_every_quantized_rule_and_is_strict() -> None:
 
 
 def test_a_group_size_is_refused_where_activations_are_quantized() -> None:
-    assert Recipe.load("w8a8-gptq").changed(group_size=-1).rules == Recipe.load("w8a8-gptq").rules
+    assert Recipe.load("w8a8-int8").changed(group_size=-1).rules == Recipe.load("w8a8-int8").rules
     with pytest.raises(UsageError, match="group size 32 is not for w8a8-int8, whose weights have one scale a channel"):
-        Recipe.load("w8a8-gptq").changed(group_size=32)
+        Recipe.load("w8a8-int8").changed(group_size=32)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ WRITTEN = {
     "gptq_b4_g128": ("gptq", "w4a16"), "gptq_b4_g64_desc": ("gptq", "w4a16-g64"), "gptq_b3_g128": ("gptq", "w3a16"),
     "gptq_b8_g128": ("gptq", "w8a16"),
     "ct_w4a16_gptq": ("compressed-tensors", "w4a16"), "ct_w4a16_asym_awq": ("compressed-tensors", "w4a16-asym"),
-    "ct_w8a8_gptq": ("compressed-tensors", "w8a8-int8"), "awq_gemm_autoawq": ("awq", "awq 4-bit"), "bnb_int8": ("bitsandbytes", "int8"),
-    "bnb_nf4_dq": ("bitsandbytes", "nf4"), "ct_fp8_block": ("compressed-tensors", "float-quantized"), "hf_finegrained_fp8_handmade": ("fp8", "fp8"),
-    "ct_nvfp4a16": ("compressed-tensors", "nvfp4-pack-quantized"),
+    "ct_w8a8_gptq": ("compressed-tensors", "w8a8-int8"), "awq_gemm_autoawq": ("awq", "w4a16-asym"), "bnb_int8": ("bitsandbytes", "int8"),
+    "bnb_nf4_dq": ("bitsandbytes", "nf4-dq"), "ct_fp8_block": ("compressed-tensors", "fp8-block"),
+    "hf_finegrained_fp8_handmade": ("fp8", "fp8-block"),
+    "ct_nvfp4a16": ("compressed-tensors", "nvfp4"),
 }  # fmt: skip
 
 
@@ -50,10 +51,13 @@ def test_bytes_and_bits_are_those_of_the_file(name: str, peers: Path) -> None:
     assert json.loads(json.dumps(summary.to_dict(), allow_nan=False))["linear_bpw"] == summary.linear_bpw
 
 
-def test_a_container_that_is_not_decoded_says_so_and_who_loads_it(peers: Path) -> None:
-    summary = summarize(peers / "awq_gemm_autoawq")
+def test_a_container_that_is_not_decoded_says_so_and_who_loads_it(peers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(peers / "awq_gemm_autoawq", tmp_path / "out")
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"gemm"', '"gemv"'))
 
-    assert "not read yet" in summary.notes[0]
+    summary = summarize(folder)
+
+    assert "AWQ of version 'gemv' with 4 bits is not read" in summary.notes[0]
     assert "group_size=128" in summary.notes[1]
     assert (loads(summary)["vLLM"], loads(summary)["llama.cpp"], loads(summary)["quantkit"]) == (True, False, False)
 

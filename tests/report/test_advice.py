@@ -69,8 +69,8 @@ def test_of_what_loses_little_the_smallest_comes_first_and_what_does_not_fit_las
 def test_many_requests_ask_for_room_and_for_integers() -> None:
     found = advise("reference", needs(batch="many", context=1000))
 
-    assert found[0].recipe == "w8a8-gptq"
-    room = of(advise("reference", needs(memory=8_000_000, batch="many", context=1000)), "w8a8-gptq", "compressed-tensors")
+    assert found[0].recipe == "w8a8-int8"
+    room = of(advise("reference", needs(memory=8_000_000, batch="many", context=1000)), "w8a8-int8", "compressed-tensors")
     assert room.why_not is not None and "tokens of 8,000" in room.why_not
 
 
