@@ -136,12 +136,13 @@ def _keeps_precision(site: Site, stored: dict[str, str], plan: Plan) -> bool:
 
 
 def _readers(plan: Plan, done: Transformed, wanted: Sequence[str], scale_dtype: torch.dtype) -> list[Reader]:
-    """One for each input, of those linears that have a transform; linears of unlike schemes are looked at apart."""
+    """One for each input, of those linears that have a transform; linears of unlike schemes, or whose groups span rows, are looked at apart."""
     readers = []
     for names, statistics in done.groups:
-        alike: dict[tuple[str, Rounding], list[LayerPlan]] = {}
+        alike: dict[tuple[str, Rounding, str], list[LayerPlan]] = {}
         for layer in (plan.layers[name] for name in names if name in wanted):
-            alike.setdefault((layer.scheme.name, layer.rounding), []).append(layer)
+            apart = layer.linear.name if layer.scheme.weight is not None and layer.scheme.weight.spans_rows else ""
+            alike.setdefault((layer.scheme.name, layer.rounding, apart), []).append(layer)
         for layers in alike.values():
             if statistics is None or statistics.num_tokens < MIN_TOKENS:
                 continue

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantkit.core.quantize import as_groups
+from quantkit.core.groups import as_groups
+from quantkit.core.scheme import CHANNEL, QuantSpec
 from quantkit.errors import RecipeError
 from quantkit.methods.base import Reader, Rounding
 from quantkit.methods.clip import ClippedToNearest
@@ -89,7 +90,7 @@ class AWQ:
 
 
 def error(readers: Sequence[Reader], scale: Tensor) -> float:
-    """The squared error of all outputs, relative to the outputs of each reader, with inputs divided by a scale [K]: tr(D H D^T)."""
+    """The squared error of all outputs over the tokens seen, with inputs divided by a scale [K]: tr(D H D^T)."""
     total = 0.0
     for reader in readers:
         scaled = reader.statistics.divided(scale)
@@ -103,9 +104,9 @@ def expected_error(readers: Sequence[Reader], scale: Tensor) -> Tensor:
     """What `error` is for errors without a pattern: step² / 12 a weight of its group, each by its input's mean square."""
     total = torch.zeros((), device=scale.device)
     for reader in readers:
-        scaled = as_groups(reader.weight * scale, reader.spec)
+        scaled = _row_groups(reader.weight * scale, reader.spec)
         span = 2 * scaled.abs().amax(-1) if reader.spec.symmetric else scaled.amax(-1).clamp(min=0) - scaled.amin(-1).clamp(max=0)
-        noise = as_groups((reader.statistics.hessian.diagonal() / scale.square())[None], reader.spec).sum(-1)
+        noise = _row_groups((reader.statistics.hessian.diagonal() / scale.square())[None], reader.spec).sum(-1)
         total = total + (span.square() * noise).sum() * reader.statistics.num_tokens
     return total
 
@@ -117,8 +118,13 @@ def normalised(logarithm: Tensor) -> Tensor:
     return (logarithm - middle).clamp(-bound, bound).exp()
 
 
+def _row_groups(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """[N, K] as [N, G, g]; a whole row where groups span rows."""
+    return as_groups(weight, QuantSpec(bits=8, group=CHANNEL) if spec.spans_rows else spec)
+
+
 def _fewer_rows(reader: Reader, wanted: int, there: int) -> Reader:
-    step = max(1, there // wanted)
+    step = 1 if reader.spec.spans_rows else max(1, there // wanted)
     return replace(reader, weight=reader.weight[::step]) if step > 1 else reader
 
 
@@ -132,7 +138,7 @@ def _mean_input(readers: Sequence[Reader], index: Tensor, count: int) -> Tensor:
 def _mean_column(readers: Sequence[Reader], index: Tensor, count: int) -> Tensor:
     """[count], the mean size of the weights under each scale, each as a share of its group's largest; never 0."""
     shares = [(groups.abs() / groups.abs().amax(-1, keepdim=True).clamp(min=1e-12)).reshape(reader.weight.shape)
-              for reader in readers for groups in (as_groups(reader.weight, reader.spec),)]  # fmt: skip
+              for reader in readers for groups in (_row_groups(reader.weight, reader.spec),)]  # fmt: skip
     return _gathered(torch.cat(shares).mean(0), index, count).clamp(min=1e-5)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.groups import as_groups
+from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantSpec
 from quantkit.methods.base import Statistics
 from quantkit.methods.rtn import RoundToNearest

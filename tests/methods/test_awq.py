@@ -114,6 +114,16 @@ def test_a_rounding_that_searches_scales_is_not_clipped() -> None:
     assert AWQ(clip=False).rounding(nearest) is nearest
 
 
+def test_blocks_that_span_rows_are_scaled_too_and_not_clipped() -> None:
+    one = reader(spec=QuantSpec(bits=8, group=(16, 16), kind="e4m3"))
+
+    scale = AWQ(rows=8).scale([one], torch.arange(64), 64)
+
+    assert error([one], scale) <= error([one], torch.ones(64))
+    clipped, plain = (rounding(one.weight, one.spec, torch.float32, one.statistics) for rounding in (ClippedToNearest(), RoundToNearest()))
+    assert clipped.equals(plain)
+
+
 @pytest.mark.parametrize("settings", [{"grid": 0}, {"grid": 1.5}, {"polish": -1}, {"duo": "both"}, {"clip": 1}, {"rows": 0}])
 def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=next(iter(settings))):
