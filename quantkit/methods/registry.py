@@ -11,9 +11,10 @@ from quantkit.methods.awq import AWQ
 from quantkit.methods.base import Rounding, Transform
 from quantkit.methods.gptq import GPTQ
 from quantkit.methods.rtn import RoundToNearest, SearchedScales
+from quantkit.methods.smoothquant import SmoothQuant
 
 ROUNDINGS: dict[str, Callable[..., Rounding]] = {"rtn": RoundToNearest, "mse": SearchedScales, "gptq": GPTQ}
-TRANSFORMS: dict[str, Callable[..., Transform]] = {"awq": AWQ}
+TRANSFORMS: dict[str, Callable[..., Transform]] = {"awq": AWQ, "smoothquant": SmoothQuant}
 
 
 def get_rounding(name: str, settings: Mapping[str, Any] | None = None) -> Rounding:

@@ -74,6 +74,27 @@ def test_every_layer_says_where_its_scale_went_or_why_nowhere(tmp_path: Path, op
     assert json.loads((tmp_path / "out" / "quantkit_report.json").read_text())["layers"][0]["transform"] == report.layers[0].transform
 
 
+def test_a_model_without_a_place_for_any_scale_is_said_to_have_none(tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "source", family="olmo2")
+    front = "{pattern: '(o|down)_proj', scheme: w8a16-g32, rounding: rtn}, "
+
+    report = convert(str(source), tmp_path / "out", options(recipe(tmp_path, first=front)))
+
+    assert any("no layer's transform could be folded" in note and "it follows no norm" in note for note in report.notes)
+
+
+def test_smoothing_folds_and_keeps_the_function(tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "source")
+
+    report = convert(str(source), tmp_path / "out", options(recipe(tmp_path, scheme="w8a8-int8", transforms="[{name: smoothquant, alpha: 0.6}]")))
+
+    assert {layer.transform for layer in report.layers if "down_proj" in layer.name} == {
+        f"SmoothQuant into model.layers.{i}.mlp.up_proj" for i in (0, 1)
+    }
+    convert(str(source), tmp_path / "plain", options(recipe(tmp_path, scheme="w8a8-int8", transforms="[]")))
+    assert divergence(source, tmp_path / "out").kl_mean < 2 * divergence(source, tmp_path / "plain").kl_mean + 1e-5
+
+
 def test_a_linear_left_alone_follows_the_norm_it_reads(tmp_path: Path, options: Options) -> None:
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     edit_tensors(source, lambda tensors: tensors["model.layers.0.input_layernorm.weight"][::8].mul_(16))
