@@ -18,6 +18,7 @@ from quantkit.conversion.hidden_states import spilled_bytes
 from quantkit.conversion.options import DTYPES, ConvertOptions
 from quantkit.conversion.outcome import CARD_FILE, make_report, write_side_files
 from quantkit.conversion.prepare import Prepared, check_output, plan_conversion, require_apart
+from quantkit.conversion.recipe import Rule
 from quantkit.conversion.report import ConversionReport, LayerResult
 from quantkit.conversion.rows import load_rows, split_rows
 from quantkit.conversion.work import CalibratedWork, Listener, Workplace, carry, round_without_data
@@ -86,7 +87,7 @@ def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
 def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]:
     """What the output depends on, under names that say what changed when a run is not gone on with."""
     options, calibration = prepared.options, prepared.options.calibration
-    rules = {f"rule {i}": f"{rule.pattern}: {rule.scheme} by {rule.rounding}" for i, rule in enumerate(prepared.recipe.rules, 1)}
+    rules = {f"rule {i}": _in_words(rule) for i, rule in enumerate(prepared.recipe.rules, 1)}
     data = {} if rows is None else {
         "calibration data": rows.report.source, "num_samples": calibration.num_samples, "seq_len": rows.report.seq_len, "seed": calibration.seed,
         "layout": calibration.layout, "calibration rows": rows.fingerprint,
@@ -97,6 +98,10 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
         "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
     }  # fmt: skip
+
+
+def _in_words(rule: Rule) -> str:
+    return f"{rule.pattern}: {rule.scheme} by {rule.rounding}" + (f" after {', '.join(map(str, rule.transforms))}" if rule.transforms else "")
 
 
 def _device_name(device: torch.device) -> str:

@@ -32,9 +32,15 @@ def make_report(
         left_alone=plan.left_alone, bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw,
         file_bpw=plan.file_bpw, seconds=seconds, peak_memory_bytes=peak_memory(),
         calibration=account(rows, prepared.options) if rows else None, divergence=divergence.to_dict() if divergence else None,
-        versions={name: version(name) for name in ("quantkit", "torch", "transformers")}, notes=list(plan.notes),
+        versions={name: version(name) for name in ("quantkit", "torch", "transformers")}, notes=[*plan.notes, *_without_place(results)],
         left_behind=[path.as_posix() for path in behind],
     )  # fmt: skip
+
+
+def _without_place(results: list[LayerResult]) -> list[str]:
+    """A note where no layer's transform found a place."""
+    words = [result.transform for result in results if result.transform]
+    return [f"no layer's transform could be folded; {results[0].name}: {words[0]}"] if words and not any(" into " in word for word in words) else []
 
 
 def peak_memory() -> int:

@@ -19,19 +19,20 @@ from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.base import Format, plan_shapes
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import get_format
-from quantkit.methods.base import Rounding
-from quantkit.methods.registry import get_rounding
+from quantkit.methods.base import Rounding, Transform
+from quantkit.methods.registry import get_rounding, get_transform
 from quantkit.models.architecture import Architecture, Linear
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One linear: how it will be stored and by which rounding. `note` says where the recipe's own scheme did not fit."""
+    """One linear: how it will be stored, by which rounding and after which transform. `note` says where the recipe's own scheme did not fit."""
 
     linear: Linear
     scheme: Scheme
     rounding: Rounding
     note: str | None = None
+    transform: Transform | None = None
 
 
 @dataclass(eq=False)
@@ -43,6 +44,8 @@ class Plan:
         left_alone: matrices that keep their type, embeddings aside, with the reason.
         tensors: every output tensor in the order of the file.
         carried: dense names copied as they are (cast to `dtype` when one is given).
+        moved: for every block with a transform, by path, the unquantized tensors of its own, which are written with its layers: a transform may
+            be folded into them.
         max_shard_size: bytes of one weight file.
     """
 
@@ -58,10 +61,11 @@ class Plan:
     weights_of_layers: int = 0
     parameters: int = 0
     notes: list[str] = field(default_factory=list)
+    moved: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def needs_calibration(self) -> bool:
-        return any(layer.rounding.needs_calibration for layer in self.layers.values())
+        return any(layer.rounding.needs_calibration or layer.transform is not None for layer in self.layers.values())
 
     @cached_property
     def planned(self) -> dict[str, TensorPlan]:
@@ -92,7 +96,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON values: what a dry run tells a program."""
         layers = {
-            name: {"shape": list(layer.linear.shape), "scheme": layer.scheme.name, "rounding": type(layer.rounding).__name__, "note": layer.note}
+            name: {"shape": list(layer.linear.shape), "scheme": layer.scheme.name, "rounding": type(layer.rounding).__name__, "note": layer.note,
+                   "transform": type(layer.transform).__name__ if layer.transform is not None else None}
             for name, layer in self.layers.items()
         }
         return {
@@ -134,7 +139,23 @@ def make_plan(
             plan.tensors.append(TensorPlan(name, dtype if dtype is not None and kept.is_floating_point else kept, shape))
             plan.carried.append(name)
             plan.parameters += torch.Size(shape).numel()
+    _move(plan, architecture)
     return plan
+
+
+def _move(plan: Plan, architecture: Architecture) -> None:
+    """Take from what is carried the tensors that belong to one block with a transform alone."""
+    owners: dict[str, set[str]] = defaultdict(set)
+    for path, _ in architecture.model.named_parameters(remove_duplicate=False):
+        for name in architecture.stored.sources(path):
+            owners[name].add(path)
+    for block in architecture.blocks:
+        if any(linear.name in plan.layers and plan.layers[linear.name].transform is not None for linear in block.linears):
+            own = [f"{block.path}.{name}" for name, _ in block.module.named_parameters()]
+            names = {name for path in own if (name := architecture.stored.find(path)) is not None and owners[name] <= set(own)}
+            plan.moved[block.path] = [name for name in plan.carried if name in names]
+    moved = {name for names in plan.moved.values() for name in names}
+    plan.carried = [name for name in plan.carried if name not in moved]
 
 
 def _unbuilt(source: OpenedCheckpoint, architecture: Architecture) -> dict[str, str]:
@@ -264,18 +285,22 @@ def _fit(linear: Linear, rule: Rule, recipe: Recipe, common_group: int | None) -
         note = f"groups of {common_group} divide every layer, and the container holds one group size"
         return LayerPlan(linear, with_group(wanted, common_group), get_rounding(rule.rounding_name, rule.rounding_settings), note)
     rounding = get_rounding(rule.rounding_name, rule.rounding_settings)
+    transform = next((get_transform(name, settings) for name, settings in rule.transform_settings), None)
+    if transform is not None:
+        rounding = transform.rounding(rounding)
     rows, columns = linear.shape
     fitted = fit_group(wanted, linear.shape)
     if fitted == wanted:
-        return LayerPlan(linear, wanted, rounding)
+        return LayerPlan(linear, wanted, rounding, None, transform)
     assert wanted.weight is not None and not rule.strict
     if fitted is not None and isinstance(wanted.weight.group, tuple):
         high, wide = wanted.weight.group
-        return LayerPlan(linear, fitted, rounding, f"blocks of {high} x {wide} do not divide {rows} x {columns}, so {fitted.name}")
+        return LayerPlan(linear, fitted, rounding, f"blocks of {high} x {wide} do not divide {rows} x {columns}, so {fitted.name}", transform)
     if fitted is not None:
-        return LayerPlan(linear, fitted, rounding, f"groups of {wanted.weight.group} do not divide {columns} columns, so {fitted.name}")
+        return LayerPlan(linear, fitted, rounding, f"groups of {wanted.weight.group} do not divide {columns} columns, so {fitted.name}", transform)
     fallback = parse_scheme(recipe.fallback)
-    return LayerPlan(linear, fallback, rounding, f"no group of {wanted.name} divides {columns} columns, so the fallback {fallback.name}")
+    note = f"no group of {wanted.name} divides {columns} columns, so the fallback {fallback.name}"
+    return LayerPlan(linear, fallback, rounding, note, transform if fallback.is_quantized else None)
 
 
 def _check_format(fmt: Format, layers: dict[str, LayerPlan]) -> None:

@@ -19,14 +19,14 @@ from quantkit.paths import packaged
 
 
 class Rule(BaseModel):
-    """One line of a recipe. `rounding` is a name, or a mapping of `name` and that rounding's settings."""
+    """One line of a recipe. `rounding` is a name, or a mapping of `name` and that rounding's settings; so is what stands in `transforms`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pattern: str
     scheme: str
     rounding: str | dict[str, Any] = "mse"
-    transforms: tuple[str, ...] = ()
+    transforms: tuple[str | dict[str, Any], ...] = ()
     strict: bool = Field(default=False, exclude=True)
     """The user gave this group size: it divides or it is refused."""
 
@@ -41,23 +41,21 @@ class Rule(BaseModel):
         parse_scheme(value)
         return value
 
-    @field_validator("transforms")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if value:
-            raise RecipeError(f"unknown transform {value[0]!r}; this version rounds weights as they are, so transforms stays empty")
-        return value
-
     def matches(self, name: str) -> bool:
         return re.search(self.pattern, name) is not None
 
     @property
     def rounding_name(self) -> str:
-        return self.rounding if isinstance(self.rounding, str) else str(self.rounding.get("name"))
+        return _name(self.rounding)
 
     @property
     def rounding_settings(self) -> dict[str, Any]:
-        return {} if isinstance(self.rounding, str) else {k: v for k, v in self.rounding.items() if k != "name"}
+        return _settings(self.rounding)
+
+    @property
+    def transform_settings(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and settings of each transform."""
+        return [(_name(transform), _settings(transform)) for transform in self.transforms]
 
 
 class Recipe(BaseModel):
@@ -98,7 +96,7 @@ class Recipe(BaseModel):
         try:
             recipe = cls.model_validate(content)
             for rule in recipe.rules:
-                _check_rounding(rule)
+                _check_methods(rule)
         except ValidationError as error:
             raise RecipeError(f"recipe {origin}: {_first_problem(error)}") from error
         except RecipeError as error:
@@ -116,7 +114,7 @@ class Recipe(BaseModel):
         """This recipe with the command line's wishes in front.
 
         Args:
-            overrides: "REGEX=scheme" each; the rounding stays that of the first rule that uses one.
+            overrides: "REGEX=scheme" each; rounding and transforms stay those of the first rule that quantizes.
             ignore: patterns of layers that keep their own type.
             group_size: for every quantized rule and every override that names no group; strict, as is a group named in an override.
 
@@ -128,14 +126,15 @@ class Recipe(BaseModel):
             if group_size is not None:
                 rules = [_regrouped(rule, group_size) for rule in rules]
             front = [Rule(pattern=checked_pattern(pattern), scheme="none") for pattern in ignore]
-            usual = next((rule.rounding for rule in self.rules if rule.scheme != "none"), "mse")
+            usual = next((rule for rule in self.rules if rule.scheme != "none"), self.rules[0])
             for override in overrides:
                 pattern, separator, scheme = override.rpartition("=")
                 if not separator or not pattern:
                     raise UsageError(f"override {override!r} is not of the form 'REGEX=scheme'; an example is 'down_proj=w8a16'")
                 parse_scheme(scheme)
                 strict = bool(re.search(r"-g\d+$", scheme))
-                rule = Rule(pattern=checked_pattern(pattern), scheme=scheme, rounding=usual, strict=strict)
+                how = {"rounding": usual.rounding, "transforms": usual.transforms}
+                rule = Rule(pattern=checked_pattern(pattern), scheme=scheme, strict=strict, **how)
                 says_group = strict or scheme.endswith("-channel") or not takes_group(parse_scheme(scheme))
                 front.append(rule if group_size is None or says_group else _regrouped(rule, group_size))
             return self.model_copy(update={"rules": tuple(front + rules)})
@@ -186,13 +185,28 @@ def _regrouped(rule: Rule, group_size: int) -> Rule:
     return rule.model_copy(update={"scheme": with_group(scheme, group_size).name, "strict": group_size != CHANNEL})
 
 
-def _check_rounding(rule: Rule) -> None:
-    from quantkit.methods.registry import get_rounding
+def _name(method: str | dict[str, Any]) -> str:
+    return method if isinstance(method, str) else str(method.get("name"))
 
-    if isinstance(rule.rounding, dict) and not isinstance(rule.rounding.get("name"), str):
-        raise RecipeError(f"rounding {rule.rounding} has no name; write it as {{name: gptq, damp: 0.02}}")
+
+def _settings(method: str | dict[str, Any]) -> dict[str, Any]:
+    return {} if isinstance(method, str) else {k: v for k, v in method.items() if k != "name"}
+
+
+def _check_methods(rule: Rule) -> None:
+    from quantkit.methods.registry import get_rounding, get_transform
+
+    given = [("rounding", rule.rounding, "gptq, damp: 0.02"), *(("transform", transform, "awq, grid: 20") for transform in rule.transforms)]
+    for kind, method, example in given:
+        if isinstance(method, dict) and not isinstance(method.get("name"), str):
+            raise RecipeError(f"{kind} {method} has no name; write it as {{name: {example}}}")
     if rule.scheme != "none":
         get_rounding(rule.rounding_name, rule.rounding_settings)
+    for name, settings in rule.transform_settings:
+        get_transform(name, settings)
+    if len(rule.transforms) > 1:
+        names = " and ".join(name for name, _ in rule.transform_settings)
+        raise RecipeError(f"{names} each choose the scale of the same inputs; keep one of them")
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -13,6 +13,7 @@ class LayerResult:
     Attributes:
         error: relative squared error; of the layer's output on calibration data where there was any, else of the weight.
         seen_tokens: calibration tokens behind the rounding, None where it looked at the weight alone.
+        transform: what became of its transform: where its scale was folded, or why nowhere; None where the recipe asks for none.
     """
 
     name: str
@@ -21,6 +22,7 @@ class LayerResult:
     error: float
     seen_tokens: int | None = None
     note: str | None = None
+    transform: str | None = None
 
 
 @dataclass(slots=True)

@@ -19,10 +19,12 @@ class HessianCollector:
 
     Args:
         modules: the linears by checkpoint name, in the order of the block.
+        sizes: record inputs' mean and largest sizes too.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], *, sizes: bool = False) -> None:
         self._modules = modules
+        self._sizes: dict[str, tuple[Tensor, Tensor]] | None = {} if sizes else None
         self._owner: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -66,6 +68,10 @@ class HessianCollector:
             self._counts[name] = 0
         self._sums[name].addmm_(rows.T, rows)
         self._counts[name] += rows.shape[0]
+        if self._sizes is not None and len(rows):
+            size, none = rows.abs(), torch.zeros(rows.shape[1], device=rows.device)
+            total, largest = self._sizes.get(name, (none, none))
+            self._sizes[name] = total + size.sum(0), torch.maximum(largest, size.amax(0))
 
     def shared(self) -> Iterator[tuple[list[str], Statistics | None]]:
         """Groups of linears with one input and what was seen of it; None for linears that no token reached. Each is handed out once."""
@@ -77,4 +83,10 @@ class HessianCollector:
 
     def _take(self, owner: str) -> Statistics | None:
         count = self._counts.pop(owner, 0)
-        return Statistics(self._sums.pop(owner).div_(count), count) if count else None
+        if not count:
+            return None
+        hessian = self._sums.pop(owner).div_(count)
+        if self._sizes is None:
+            return Statistics(hessian, count)
+        total, largest = self._sizes.pop(owner)
+        return Statistics(hessian, count, total / count, largest)

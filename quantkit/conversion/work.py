@@ -23,6 +23,7 @@ from quantkit.conversion.plan import Plan
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import round_together
 from quantkit.conversion.statistics import HessianCollector
+from quantkit.conversion.transforms import Transformed, transform_block
 from quantkit.core.divergence import Divergence, DivergenceResult
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import SourceError
@@ -33,6 +34,8 @@ from quantkit.models.experts import skipping_padding
 from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
 
 _LOOKED_AT_ONCE = 1 << 24
+_PROBED_TOKENS = 64
+"""A transform's folds are proved on so many tokens; experts that none of them reaches go with those alike."""
 _CARRIED_AT_ONCE = 256 << 20
 """Bytes of copied tensors between two entries of the ledger."""
 
@@ -76,6 +79,10 @@ class Workplace:
             self.writer.add(f"{name}.{part}", tensor)
         return [f"{name}.{part}" for part in parts]
 
+    def keep(self, name: str, weights: Weights) -> None:
+        """Write one tensor that is not quantized."""
+        self.writer.add(name, _as_type(name, weights.get(name), self.plan.planned[name].dtype))
+
     def read(self, name: str) -> QuantizedTensor:
         """A layer as an earlier run wrote it."""
         scheme = self.plan.layers[name].scheme
@@ -93,7 +100,7 @@ def carry(place: Workplace) -> None:
         if place.ledger.is_done(unit):
             continue
         for name in names:
-            place.writer.add(name, _as_type(name, place.source.get(name), place.plan.planned[name].dtype))
+            place.keep(name, place.source)
         place.finish(unit, [], names)
 
 
@@ -196,20 +203,34 @@ class CalibratedWork:
     def _quantize(self, index: int, block: Block) -> list[LayerResult]:
         wanted = set(self.place.layers_of(block))
         modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
-        collector = HessianCollector(modules)
+        moved = self.place.plan.moved.get(block.path)
+        collector = HessianCollector(modules, sizes=moved is not None)
         for batch in self.calibration.batches(self.runner, index):
             valid = self.calibration.rows.valid[batch]
             with collector.watching(valid), skipping_padding(block.module, valid):
                 self.calibration.through(self.runner, index, batch)
+        place = self.place
+        done = Transformed(place.source, collector.shared()) if moved is None else self._transform(index, block, collector)
         results, names = [], []
-        for group, statistics in collector.shared():
-            place = self.place
-            for name, q, result in round_together(group, place.plan, place.source, statistics, place.model_dtype, place.device):
+        for group, statistics in done.groups:
+            for name, q, result in round_together(group, place.plan, done.weights, statistics, place.model_dtype, place.device):
+                result.transform = done.words.get(name)
                 names += place.write(name, q)
                 results.append(result)
                 place.listener.layer(result)
-        self.place.finish(block.path, results, names)
+        for name in moved or ():
+            place.keep(name, done.weights)
+        place.finish(block.path, results, names + (moved or []))
         return results
+
+    def _transform(self, index: int, block: Block, collector: HessianCollector) -> Transformed:
+        few = slice(0, 1), slice(0, _PROBED_TOKENS)
+        place, architecture = self.place, self.runner.architecture
+
+        def run() -> Tensor:
+            return self.calibration.through(self.runner, index, few)
+
+        return transform_block(block, architecture, place.plan, place.source, collector.shared(), run, place.model_dtype)
 
     def _use_quantized(self, block: Block, resumed: bool) -> None:
         """Put what was written, decoded, into the block; the same after a resume as in an undisturbed run."""
@@ -220,6 +241,10 @@ class CalibratedWork:
                 weight = self.place.read(name).dequantize(self.runner.dtype)
                 weight = weight.T.contiguous() if self.place.plan.layers[name].linear.is_transposed else weight
                 module.weight.data = weight.to(self.runner.device)
+        for path, parameter in block.module.named_parameters(block.path):
+            name = self.runner.architecture.stored.find(path)
+            if name in self.place.plan.moved.get(block.path, ()):
+                parameter.data = self.place.writer.read(name).to(self.runner.device, self.runner.dtype)
 
     def _advance(self, index: int, block: Block) -> None:
         modules = decoder_linears(block, self.runner.architecture.model)

@@ -58,6 +58,7 @@ def test_an_override_takes_the_rounding_of_the_first_rule_that_has_one() -> None
     recipe = Recipe.parse("name: a\nrules: [{pattern: x, scheme: none}, {pattern: .*, scheme: w4a16, rounding: gptq}]", "a")
 
     assert recipe.changed(overrides=("up_proj=w8a16",)).rules[0].rounding == "gptq"
+    assert Recipe.load("w4a16-awq").changed(overrides=("up_proj=w8a16",)).rules[0].transforms == ("awq",)
 
 
 def test_a_pattern_may_hold_an_equals_sign() -> None:
@@ -128,7 +129,11 @@ INVALID = {
     "impossible setting": (rule(rounding="{name: gptq, damp: -1}"), "damp is -1"),
     "setting of another kind": (rule(rounding="{name: gptq, damp: little}"), "damp is 'little'"),
     "nameless rounding": (rule(rounding="{damp: 0.1}"), "has no name"),
-    "unknown transform": (rule(transforms="[hadamard]"), "unknown transform 'hadamard'"),
+    "unknown transform": (rule(transforms="[akw]"), "unknown transform 'akw'; did you mean 'awq'?"),
+    "unknown setting of a transform": (rule(transforms="[{name: awq, gird: 1}]"), "transform 'awq' has no setting 'gird'; did you mean 'grid'?"),
+    "impossible setting of a transform": (rule(transforms="[{name: awq, grid: 0}]"), "grid is 0; give a whole number from 1 on"),
+    "nameless transform": (rule(transforms="[{grid: 20}]"), "transform {'grid': 20} has no name; write it as {name: awq"),
+    "two scales for one input": (rule(transforms="[awq, awq]"), "awq and awq each choose the scale of the same inputs"),
     "broken pattern": (rule(pattern="'('"), r"pattern '(' is not a regular expression"),
 }
 

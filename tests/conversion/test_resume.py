@@ -48,7 +48,7 @@ def stopped(source: Path, out: Path, options: ConvertOptions, after: int = 0) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["w4a16-gptq", "w4a16-mse"])
+@pytest.mark.parametrize("recipe", ["w4a16-gptq", "w4a16-mse", "w4a16-awq"])
 def test_a_run_killed_at_any_instant_ends_with_the_same_bytes(recipe: str, stories: Path, tokens: Path, tmp_path: Path, launch: Launcher) -> None:
     whole = launch(*arguments(stories, tmp_path / "whole", tokens, recipe))
     assert whole.code == 0, whole.stderr
@@ -91,7 +91,7 @@ def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_the_same_command_does(
     OpenedCheckpoint(tmp_path / "out")
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-gptq", "w4a16-rtn"])
+@pytest.mark.parametrize("recipe", ["w4a16-gptq", "w4a16-rtn", "w4a16-awq", "w4a16-awq-gptq"])
 def test_finished_blocks_are_not_done_again(recipe: str, stories: Path, tmp_path: Path, options: Options) -> None:
     stopped(stories, tmp_path / "out", options(recipe), after=2)
     listener = Stopping()
