@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--llmcompressor", type=Path)
     parser.add_argument("--gptqmodel", type=Path)
     parser.add_argument("--quantkit", action="append", required=True, metavar="NAME=COMMAND")
-    parser.add_argument("--against", default="llmcompressor-gptq-imatrix", help="the method to compare with, as evals/compare/README.md names it")
+    parser.add_argument("--against", default="llmcompressor-gptq-imatrix", help="the method to compare with, as evals/peers/README.md names it")
     parser.add_argument("--target", default="stories3m")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=5)
