@@ -57,7 +57,8 @@ def decode_gptq(part: Part, settings: Settings) -> torch.Tensor:
 
 def decode_awq(part: Part, settings: Settings) -> torch.Tensor:
     """AWQ GEMM: qweight [K, N/8], qzeros [G, N/8], scales [G, N]; the eight columns of a word in AWQ's order."""
-    codes, zero = (unpack_bits(part[name], 4, 8 * part[name].shape[1]).unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1) for name in ("qweight", "qzeros"))
+    nibbles = (unpack_bits(part[name], 4, 8 * part[name].shape[1]).unflatten(1, (-1, 8)) for name in ("qweight", "qzeros"))
+    codes, zero = (found[..., AWQ_ORDER].flatten(1) for found in nibbles)
     group = torch.arange(len(codes)) // (len(codes) // len(zero))
     return ((codes - zero[group]) * part["scales"].float()[group]).T.contiguous()
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from containers import Part, decoder_of  # noqa: E402
+from containers import Part, decoder_of
 
 Tensors = dict[str, torch.Tensor]
 CONSTANT = ("weight_shape", "weight_format", "weight.quant_map", "weight.nested_quant_map", "weight.quant_state")

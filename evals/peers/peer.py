@@ -1,21 +1,14 @@
-"""What every peer's script reads and prints, and how a peer without a checkpoint of its own hands over its weights.
-
-Imported first: the clock starts here, before the peer's own imports.
-"""
+"""What every peer's script reads and prints, and how a peer without a checkpoint of its own hands over its weights."""
 
 from __future__ import annotations
 
-import time
-
-START = time.perf_counter()
-
-import argparse  # noqa: E402
-import json  # noqa: E402
-import resource  # noqa: E402
-import shutil  # noqa: E402
-from importlib.metadata import version  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import json
+import resource
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 
 def make_parser(description: str | None, methods: list[str]) -> argparse.ArgumentParser:
@@ -36,7 +29,6 @@ def print_report(started: float, quantized: float, *packages: str) -> None:
 
     print(json.dumps({
         "quantize_seconds": round(quantized - started, 2),
-        "process_seconds": round(time.perf_counter() - START, 2),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in (*packages, "transformers", "torch")},

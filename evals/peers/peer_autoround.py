@@ -7,10 +7,9 @@ Signed gradient descent on the rounding, at its defaults (200 steps of 8 rows a 
 
 from __future__ import annotations
 
-import peer  # noqa: I001 - the clock starts here
-
 import time
 
+import peer
 import torch
 from auto_round import AutoRound
 from safetensors.torch import load_file

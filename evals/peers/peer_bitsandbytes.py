@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import peer  # noqa: I001 - the clock starts here
-
 import time
 
+import peer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 

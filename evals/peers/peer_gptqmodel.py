@@ -8,20 +8,19 @@ float32 models to bfloat16, which costs it accuracy.
 
 from __future__ import annotations
 
-import peer  # noqa: I001 - the clock starts here
-
 import os
+import time
+
+import peer
 
 # GPTQModel 7.6 cannot start on two cores ("Virtual pool 'model_loader:cpu' requests 2 workers"); it sizes its pools from this.
 if (os.cpu_count() or 1) < 4:
     os.cpu_count = lambda: 4
 
-import time  # noqa: E402
-
-import torch  # noqa: E402
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
 
 def main() -> None:

@@ -8,10 +8,9 @@ others read: the weights are dequantized from what it stores, half-precision sca
 
 from __future__ import annotations
 
-import peer  # noqa: I001 - the clock starts here
-
 import time
 
+import peer
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 

@@ -2,16 +2,15 @@
 
     python peer_llmcompressor.py MODEL OUT --tokens calib.safetensors --method gptq --bits 4 --group 64 [--observer imatrix_mse] [--asym]
 
-Settings are its own defaults unless an option says otherwise. The last line printed is JSON: seconds, memory, versions.
+Settings are its own defaults unless an option says otherwise. The last line printed is JSON.
 """
 
 from __future__ import annotations
 
-import peer  # noqa: I001 - the clock starts here
-
 import argparse
 import time
 
+import peer
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset

@@ -9,10 +9,9 @@ byte that torchao keeps each in.
 
 from __future__ import annotations
 
-import peer  # noqa: I001 - the clock starts here
-
 import time
 
+import peer
 import torch
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm

@@ -36,15 +36,17 @@ def method_row(name: str, found: Results) -> str:
     )
 
 
-def paired_row(ours: str, peer: str, row: Row, kls: Kls) -> str | None:
+def paired_row(ours: str, peer: str, row: Row, kls: Kls, data_free: set[str]) -> str | None:
     """KL(ours) - KL(peer) on the same tokens: errors over rows (of the mean over seeds) and over seeds, added in quadrature."""
     mine = {seed: kl for (name, r, seed), kl in kls.items() if (name, r) == (ours, row)}
     theirs = {seed: kl for (name, r, seed), kl in kls.items() if (name, r) == (peer, row)}
     if not mine or not theirs:
         return None
-    if len(theirs) == 1:  # a method without calibration has one result for all seeds
+    # A method without calibration has one result for all seeds; where both have none, rows alone decide.
+    is_data_free = data_free >= {ours, peer}
+    if peer in data_free:
         theirs = dict.fromkeys(mine, next(iter(theirs.values())))
-    if len(mine) == 1:
+    elif ours in data_free:
         mine = dict.fromkeys(theirs, next(iter(mine.values())))
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
@@ -54,7 +56,9 @@ def paired_row(ours: str, peer: str, row: Row, kls: Kls) -> str | None:
     by_seed = difference.mean(1)
     mean, relative = by_seed.mean().item(), by_seed.mean().item() / fmean(kl.mean().item() for kl in theirs.values())
     shown, verdict = "–", "too few seeds"
-    if len(seeds) >= FEWEST_SEEDS:
+    if is_data_free:
+        verdict = "within error" if abs(mean) <= 2 * over_rows else "better" if mean < 0 else "worse"
+    elif len(seeds) >= FEWEST_SEEDS:
         over_seeds = by_seed.std() / len(seeds) ** 0.5
         error = (over_rows**2 + over_seeds**2).sqrt().item()
         shown, verdict = f"{over_seeds:.5f}", "within error" if abs(mean) <= 2 * error else "better" if mean < 0 else "worse"
@@ -96,7 +100,8 @@ def markdown(target: str, about: dict[str, Any], results: Results, kls: Kls) -> 
             "| method | linear-bpw | KL ± se (rows) | KL by seed | ppl | top-1 | wall s | CPU s | peak RSS MiB |", "|---" * 9 + "|",
             *[method_row(n, [r for r in found if r["method"] == n]) for n in names], "",
         ]
-        pairs = [paired_row(o, p, row, kls) for o in names if o.startswith("quantkit-") for p in names if not p.startswith("quantkit-")]
+        data_free = {r["method"] for r in found if r["data_free"]}
+        pairs = [paired_row(o, p, row, kls, data_free) for o in names if o.startswith("quantkit-") for p in names if not p.startswith("quantkit-")]
         if any(pairs):
             lines += ["Paired difference of KL, token by token; better or worse beyond two standard errors:", "",
                       "| ours | peer | KL difference | se rows | se seeds | relative | seeds won | verdict |", "|---" * 8 + "|",

@@ -64,7 +64,8 @@ def settle(case: Case, baseline: Baseline, args: argparse.Namespace) -> dict[str
     """The case's result: from the last run if nothing changed, else made now; None where --kept allows no run."""
     place, model = args.work / case.target.name, case.target.model
     folder, calibration = place / case.name, place / f"calibration-{case.seed}.safetensors"
-    key = [case.method.command, args.threads, digest(*sorted(model.glob("*.safetensors")), model / "config.json", calibration), baseline.tokens_digest]
+    inputs = digest(*sorted(model.glob("*.safetensors")), model / "config.json", calibration)
+    key = [case.method.command, args.threads, inputs, baseline.tokens_digest]
     stored = folder / "result.json"
     if stored.exists() and not (args.redo and fnmatch.fnmatch(case.method.name, args.redo)):
         result = json.loads(stored.read_text())
@@ -125,7 +126,8 @@ def run_target(target: Target, methods: list[Method], args: argparse.Namespace) 
         result = settle(case, baseline, args)
         if result is None:
             continue
-        results.append({name: value for name, value in result.items() if name != "key"} | {"command": case.method.command})
+        about_method = {"command": case.method.command, "data_free": case.method.data_free}
+        results.append({name: value for name, value in result.items() if name != "key"} | about_method)
         if "evaluation" in result:
             kls[case.method.name, case.row, case.seed] = load_file(args.work / target.name / case.name / "kl.safetensors")["kl"]
         print(target.name, case.name, summary_line(result), file=sys.stderr, flush=True)
@@ -155,7 +157,7 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, default=DEFAULT_FOLDER, help="where environments.py made the peers' environments")
-    parser.add_argument("--quantkit", action="append", default=[], metavar="[FAMILY/]NAME=COMMAND", help="a command beside the table's recipes; may be repeated")
+    parser.add_argument("--quantkit", action="append", default=[], metavar="[FAMILY/]NAME=COMMAND", help="beside the table's recipes; repeatable")
     parser.add_argument("--targets", nargs="+", default=["stories3m", "reference"])
     parser.add_argument("--families", nargs="+", default=list(make_families()))
     parser.add_argument("--bits", type=int, nargs="+")

@@ -1,6 +1,7 @@
-"""Time two methods in turn on one model, whole processes with their imports, and quote the ratio: noise of the machine hits both.
+"""Time two methods in turn on one model, whole processes with their imports, and quote the ratios: noise of the machine hits both.
 
-    python times.py --llmcompressor ENV/bin/python --quantkit 'gptq=quantkit convert ...' [--pairs 5] [--against llmcompressor-gptq-imatrix]
+    python times.py --environments ENVS [--ours quantkit-gptq] [--against llmcompressor-gptq-imatrix] [--pairs 5]
+    python times.py --environments ENVS --ours quantkit-awq --against llmcompressor-awq
 """
 
 from __future__ import annotations
@@ -11,42 +12,53 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from run import Case, convert, make_methods, make_targets, write_tokens
+from environments import DEFAULT_FOLDER
+from rows import Case, make_families, make_methods, make_targets
+from run import convert, runnable, write_tokens
+
+MEASURED = {"wall_seconds": "time", "cpu_seconds": "processor time", "max_rss_mib": "peak memory"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llmcompressor", type=Path)
-    parser.add_argument("--gptqmodel", type=Path)
-    parser.add_argument("--quantkit", action="append", required=True, metavar="NAME=COMMAND")
-    parser.add_argument("--against", default="llmcompressor-gptq-imatrix", help="the method to compare with, as evals/peers/README.md names it")
+    parser.add_argument("--environments", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--quantkit", action="append", default=[], metavar="[FAMILY/]NAME=COMMAND")
+    parser.add_argument("--ours", default="quantkit-gptq", help="a method of rows.toml, or of --quantkit")
+    parser.add_argument("--against", default="llmcompressor-gptq-imatrix", help="a method of rows.toml")
     parser.add_argument("--target", default="stories3m")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, help="default: the target's first")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "compare-times")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "peers-times")
     args = parser.parse_args()
-    (target,) = (t for t in make_targets() if t.name == args.target)
-    methods = {m.name: m for m in make_methods(args)}
-    wanted = [methods[args.against], next(m for name, m in methods.items() if name.startswith("quantkit-"))]
-    write_tokens(target, args.work.resolve() / target.name, [0])
-    tokens = args.work.resolve() / target.name / "calibration-0.safetensors"
-    tools = {"llmcompressor": str(args.llmcompressor), "gptqmodel": str(args.gptqmodel)}
-    ratios: dict[str, list[float]] = {"wall_seconds": [], "cpu_seconds": []}
+    work, methods = args.work.resolve(), {m.name: m for m in make_methods(args.quantkit)}
+    if unknown := {args.ours, args.against} - methods.keys():
+        parser.error(f"no such method: {', '.join(sorted(unknown))}; there are {', '.join(methods)}")
+    target = next(t for t in make_targets() if t.name == args.target)
+    family = make_families()[methods[args.against].families[0]]
+    group = args.group or (family.groups or target.groups)[0]
+    cases = [Case(target, family, methods[name], args.bits, group, 0) for name in (args.against, args.ours)]
+    if runnable(cases, args.environments) != cases:
+        raise SystemExit("one of the two cannot run here")
+    write_tokens(target, work / target.name, [0])
+    ratios: dict[str, list[float]] = {name: [] for name in MEASURED}
     for number in range(args.pairs):
         costs = []
-        for method in wanted:
-            case = Case(target, method, args.bits, 0)
-            cost = convert(case, args.work.resolve() / target.name / case.name, tokens, tools=tools, threads=args.threads)
-            if "error" in cost:
-                raise SystemExit(f"{method.name} failed: {cost['error']}")
-            costs.append(cost)
+        for case in cases:
+            tokens = work / target.name / "calibration-0.safetensors"
+            costs.append(convert(case, work / target.name / case.name, tokens, environments=args.environments, threads=args.threads))
+            if "error" in costs[-1]:
+                raise SystemExit(f"{case.method.name} failed: {costs[-1]['error']}")
         for name, found in ratios.items():
             found.append(costs[1][name] / costs[0][name])
-        shown = ", ".join(f"{m.name} {c['wall_seconds']:.2f} s ({c['cpu_seconds']:.2f} s of CPU)" for m, c in zip(wanted, costs, strict=True))
+        shown = ", ".join(
+            f"{c.method.name} {cost['wall_seconds']:.2f} s ({cost['cpu_seconds']:.2f} s of CPU, {cost['max_rss_mib']} MiB)"
+            for c, cost in zip(cases, costs, strict=True)
+        )
         print(f"pair {number + 1}: {shown}, load {os.getloadavg()[0]:.1f}", flush=True)
     for name, found in ratios.items():
-        print(f"{name}: {wanted[1].name} takes {statistics.median(found):.2f} of {wanted[0].name}'s ({min(found):.2f} to {max(found):.2f})")
+        print(f"{MEASURED[name]}: {args.ours} takes {statistics.median(found):.2f} of {args.against}'s ({min(found):.2f} to {max(found):.2f})")
 
 
 if __name__ == "__main__":
