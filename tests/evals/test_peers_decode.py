@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.peers.decode import decode_folder
+from evals.peers.decode import decode_folder, decode_fp4, decode_plain
 
 PROMPT = """                    GNU GENERAL PUBLIC LICENSE
                        Version 3, 29 June 2007
@@ -54,3 +54,21 @@ def test_decoded_weights_give_the_peers_own_logits(name: str, peers: Path) -> No
 
     assert (logits - expected).abs().mean() < 0.01 * expected.std()  # the peer ran in bfloat16, some with quantized activations
     assert decoded.linear_bpw == pytest.approx(BITS[name], abs=1e-4)
+
+
+def test_mxfp4_is_read_low_nibble_first_with_powers_of_two():
+    packed = torch.zeros(1, 32, dtype=torch.uint8)
+    packed[0, 0], packed[0, 16] = 0x21, 0xFA  # codes 1, 2 and 10, 15: 0.5, 1 and -1, -6
+    weight = decode_fp4({"weight_packed": packed, "weight_scale": torch.tensor([[128, 126]], dtype=torch.uint8)}, {})
+    assert weight[0, :2].tolist() == [1.0, 2.0] and weight[0, 32:34].tolist() == [-0.5, -3.0]
+
+
+@pytest.mark.parametrize(("scale", "settings", "expected"), [
+    (torch.tensor([2.0]), {}, [[2, 4, 6, 8], [10, 12, 14, 16]]),
+    (torch.tensor([[1.0], [2.0]]), {}, [[1, 2, 3, 4], [10, 12, 14, 16]]),
+    (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), {}, [[1, 2, 6, 8], [15, 18, 28, 32]]),
+    (torch.tensor([[1.0, 2.0]]), {"weight_block_size": [2, 3]}, [[1, 2, 3, 8], [5, 6, 7, 16]]),
+], ids=["tensor", "channel", "group", "ragged block"])
+def test_one_scale_serves_a_tensor_a_channel_a_group_or_a_block(scale, settings, expected):
+    codes = torch.arange(1, 9).view(2, 4).to(torch.float8_e4m3fn)
+    assert decode_plain({"weight": codes, "weight_scale": scale}, settings).tolist() == expected
