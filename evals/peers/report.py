@@ -12,7 +12,9 @@ import torch
 FEWEST_SEEDS = 3
 """Fewer calibration draws allow no verdict."""
 Results = list[dict[str, Any]]
-Kls = dict[tuple[str, int, int], torch.Tensor]
+Row = tuple[str, int, int]
+"""Family, bits, group."""
+Kls = dict[tuple[str, Row, int], torch.Tensor]
 
 
 def mean_over(found: Results, *path: str) -> float:
@@ -22,7 +24,7 @@ def mean_over(found: Results, *path: str) -> float:
 def method_row(name: str, found: Results) -> str:
     good = [r for r in found if "evaluation" in r]
     if not good:
-        return f"| {name} | failed: {found[0]['conversion']['error']} | | | | | | | |"
+        return f"| {name} | failed: {found[0]['error'].replace('|', '/')} | | | | | | | |"
     per_seed = " ".join(f"{r['evaluation']['kl']:.4f}" for r in good)
     kl, error = mean_over(good, "evaluation", "kl"), mean_over(good, "evaluation", "kl_se_rows")
     failed = f" ({len(found) - len(good)} failed)" if len(good) < len(found) else ""
@@ -34,14 +36,18 @@ def method_row(name: str, found: Results) -> str:
     )
 
 
-def paired_row(ours: str, peer: str, bits: int, kls: Kls) -> str | None:
+def paired_row(ours: str, peer: str, row: Row, kls: Kls, data_free: set[str]) -> str | None:
     """KL(ours) - KL(peer) on the same tokens: errors over rows (of the mean over seeds) and over seeds, added in quadrature."""
-    mine = {seed: kl for (name, b, seed), kl in kls.items() if (name, b) == (ours, bits)}
-    theirs = {seed: kl for (name, b, seed), kl in kls.items() if (name, b) == (peer, bits)}
+    mine = {seed: kl for (name, r, seed), kl in kls.items() if (name, r) == (ours, row)}
+    theirs = {seed: kl for (name, r, seed), kl in kls.items() if (name, r) == (peer, row)}
     if not mine or not theirs:
         return None
-    if len(theirs) == 1:  # a method without calibration has one result for all seeds
+    # A method without calibration has one result for all seeds; where both have none, rows alone decide.
+    is_data_free = data_free >= {ours, peer}
+    if peer in data_free:
         theirs = dict.fromkeys(mine, next(iter(theirs.values())))
+    elif ours in data_free:
+        mine = dict.fromkeys(theirs, next(iter(mine.values())))
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
         return None
@@ -50,7 +56,9 @@ def paired_row(ours: str, peer: str, bits: int, kls: Kls) -> str | None:
     by_seed = difference.mean(1)
     mean, relative = by_seed.mean().item(), by_seed.mean().item() / fmean(kl.mean().item() for kl in theirs.values())
     shown, verdict = "–", "too few seeds"
-    if len(seeds) >= FEWEST_SEEDS:
+    if is_data_free:
+        verdict = "within error" if abs(mean) <= 2 * over_rows else "better" if mean < 0 else "worse"
+    elif len(seeds) >= FEWEST_SEEDS:
         over_seeds = by_seed.std() / len(seeds) ** 0.5
         error = (over_rows**2 + over_seeds**2).sqrt().item()
         shown, verdict = f"{over_seeds:.5f}", "within error" if abs(mean) <= 2 * error else "better" if mean < 0 else "worse"
@@ -60,8 +68,16 @@ def paired_row(ours: str, peer: str, bits: int, kls: Kls) -> str | None:
     )
 
 
+def row_of(result: dict[str, Any]) -> Row:
+    return result["family"], result["bits"], result["group"]
+
+
+def row_title(row: Row) -> str:
+    family, bits, group = row
+    return f"{bits} bits, {'one scale a channel' if group == -1 else f'group {group}'}" if family == "integer" else family
+
+
 def markdown(target: str, about: dict[str, Any], results: Results, kls: Kls) -> str:
-    names = list(dict.fromkeys(r["method"] for r in results))
     machine = about["machine"]
     loads = [load for r in results for load in r["conversion"]["load_average"]]
     versions: dict[str, str] = {}
@@ -76,14 +92,16 @@ def markdown(target: str, about: dict[str, Any], results: Results, kls: Kls) -> 
         f"load average {min(loads):.1f} to {max(loads):.1f} during the conversions (above the number of threads, times are upper bounds). "
         + ", ".join(f"{name} {number}" for name, number in sorted(versions.items()) if name not in ("torch", "transformers")) + ".", "",
     ]
-    for bits in sorted({r["bits"] for r in results}, reverse=True):
-        group = results[0]["group"]
+    for row in dict.fromkeys(row_of(r) for r in results):
+        found = [r for r in results if row_of(r) == row]
+        names = list(dict.fromkeys(r["method"] for r in found))
         lines += [
-            f"## {bits} bits, group {group}", "",
+            f"## {row_title(row)}", "",
             "| method | linear-bpw | KL ± se (rows) | KL by seed | ppl | top-1 | wall s | CPU s | peak RSS MiB |", "|---" * 9 + "|",
-            *[method_row(n, [r for r in results if (r["method"], r["bits"]) == (n, bits)]) for n in names], "",
+            *[method_row(n, [r for r in found if r["method"] == n]) for n in names], "",
         ]
-        pairs = [paired_row(o, p, bits, kls) for o in names if o.startswith("quantkit-") for p in names if not p.startswith("quantkit-")]
+        data_free = {r["method"] for r in found if r["data_free"]}
+        pairs = [paired_row(o, p, row, kls, data_free) for o in names if o.startswith("quantkit-") for p in names if not p.startswith("quantkit-")]
         if any(pairs):
             lines += ["Paired difference of KL, token by token; better or worse beyond two standard errors:", "",
                       "| ours | peer | KL difference | se rows | se seeds | relative | seeds won | verdict |", "|---" * 8 + "|",

@@ -68,14 +68,26 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, float | None, int]:
     return model, decoded.linear_bpw, decoded.file_bytes
 
 
+class Baseline:
+    """The unquantized model's answer to the held-out tokens, kept so that one pass serves every comparison.
+
+    Memory: rows x (seq_len - 1) x vocabulary in float32.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, folder: Path, tokens: torch.Tensor, tokens_digest: str = "", *, batch: int = 8) -> None:
+        model, _, _ = load_model(folder)
+        self.batches = tokens.split(batch)
+        self.tokens_digest = tokens_digest
+        self.log_probs = [model(rows).logits[:, :-1].log_softmax(-1) for rows in self.batches]
+
+
 @torch.inference_mode()
-def evaluate(base_folder: Path, folder: Path, tokens: torch.Tensor, *, batch: int = 8) -> Evaluation:
-    """Compare the two folders' next-token distributions on every position that has a next token."""
-    base, _, _ = load_model(base_folder)
+def evaluate(base: Baseline, folder: Path) -> Evaluation:
+    """Compare the folder's next-token distributions with the baseline's on every position that has a next token."""
     model, linear_bpw, file_bytes = load_model(folder)
     parts: list[list[torch.Tensor]] = []
-    for rows in tokens.split(batch):
-        p = base(rows).logits[:, :-1].log_softmax(-1)
+    for rows, p in zip(base.batches, base.log_probs, strict=True):
         q = model(rows).logits[:, :-1].log_softmax(-1)
         target = rows[:, 1:, None]
         kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
@@ -91,11 +103,11 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="a second quantized folder to compare with, token by token")
     parser.add_argument("--tokens", type=Path, required=True)
     args = parser.parse_args()
-    tokens = load_tokens(args.tokens)
-    one = evaluate(args.base, args.quant, tokens)
+    base = Baseline(args.base, load_tokens(args.tokens))
+    one = evaluate(base, args.quant)
     result: dict[str, object] = one.summary()
     if args.against:
-        other = evaluate(args.base, args.against, tokens)
+        other = evaluate(base, args.against)
         result = {"quant": result, "against": other.summary(), **mean_and_errors(one.kl - other.kl, "kl_difference")}
     print(json.dumps(result, indent=1))
 
