@@ -79,7 +79,7 @@ def show_plan(prepared: Prepared) -> None:
     )
     data = prepared.options.calibration
     if prepared.needs_measurement:
-        results.print(f"schemes would be chosen after a measurement on rows of {data.source or 'the built-in mix'}; layers and size above are a stand-in")
+        results.print("a measurement is needed before schemes can be chosen; layers and size above are a stand-in for the choice")
     calibrated = f"would be calibrated on up to {data.num_samples} rows of {data.source or 'the built-in mix'}"
     results.print(calibrated if plan.needs_calibration else "needs no calibration data; the model is never built")
     for note in plan.notes:

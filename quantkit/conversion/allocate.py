@@ -95,7 +95,8 @@ def tried(prepared: Prepared, divergence: DivergenceResult | None) -> Prepared:
     raw = allocation.solution.predicted / allocation.measurement.factor
     if any(trial.predicted == raw and trial.measured == divergence.kl_mean for trial in allocation.measurement.trials):
         return prepared
-    return replace(prepared, allocation=replace(allocation, measurement=allocation.measurement.tried(prepared.plan.linear_bpw, raw, divergence.kl_mean)))
+    measurement = allocation.measurement.tried(prepared.plan.linear_bpw, raw, divergence.kl_mean)
+    return replace(prepared, allocation=replace(allocation, measurement=measurement))
 
 
 def tightened(prepared: Prepared, divergence: DivergenceResult | None) -> Prepared | None:
@@ -119,7 +120,8 @@ def account(prepared: Prepared, divergence: DivergenceResult | None) -> dict[str
     curve = [{"linear_bpw": bpw, "predicted_kl": kl} for bpw, kl in problem.curve(measurement.losses, measurement.factor)]
     uniform = problem.uniform(measurement.losses, measurement.factor)
     return {
-        "budget": str(problem.budget), "kept": _is_kept(prepared, divergence), "linear_bpw": prepared.plan.linear_bpw, "file_bpw": prepared.plan.file_bpw,
+        "budget": str(problem.budget), "kept": _is_kept(prepared, divergence),
+        "linear_bpw": prepared.plan.linear_bpw, "file_bpw": prepared.plan.file_bpw,
         "predicted_kl": solution.predicted, "measured_kl": divergence.kl_mean if divergence else None, "factor": measurement.factor,
         "proven_within": max(0.0, solution.predicted - solution.bound), "units": solution.units, "measured_on": measurement.calibration,
         "uniform": {name: {"linear_bpw": bpw, "predicted_kl": kl} for name, (bpw, kl) in uniform.items()}, "pareto": curve,

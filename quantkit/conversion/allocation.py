@@ -1,9 +1,8 @@
-"""Schemes for layers from what each would lose: units that engines read with one scheme, their candidates, and the best choice within a budget."""
+"""Schemes for units of layers from what each would lose: the best choice within a budget of bits, or the smallest within a KL."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -13,41 +12,15 @@ import numpy as np
 import torch
 
 from quantkit.conversion.allocation_file import Measurement
-from quantkit.conversion.budget import Budget, family
-from quantkit.conversion.plan import LayerPlan, Plan, fit, with_scheme
-from quantkit.conversion.recipe import Recipe, Rule
+from quantkit.conversion.budget import Budget
+from quantkit.conversion.plan import Plan
+from quantkit.conversion.recipe import Recipe
+from quantkit.conversion.units import Option, Unit, find_units, stored_bits
 from quantkit.core.knapsack import Candidate, choose
-from quantkit.core.scheme import parse_scheme
-from quantkit.errors import RecipeError, UsageError
-from quantkit.formats.base import Format, plan_shapes
-from quantkit.formats.fusion import fused_groups
-from quantkit.formats.registry import get_format
+from quantkit.errors import UsageError
 
 Losses = Mapping[str, Mapping[str, float]]
 """Nats a token, by layer and scheme."""
-
-_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One scheme for a unit: what each layer makes of it by the group rule, and the bits stored."""
-
-    layers: dict[str, LayerPlan]
-    bits: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Layers that take one scheme: those an engine joins, all experts of a block, or one layer alone. Options by the scheme's name."""
-
-    name: str
-    options: dict[str, Option]
-
-    @property
-    def layers(self) -> list[str]:
-        return list(next(iter(self.options.values())).layers)
-
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -203,82 +176,10 @@ def _loss(option: Option, losses: Losses) -> float:
 
 
 def state_problem(plan: Plan, recipe: Recipe, format_name: str, model_dtype: torch.dtype) -> Problem:
-    """What there is to choose in a plan. The container may hold fewer schemes than are wished for.
-
-    Raises:
-        RecipeError: a layer is left without a candidate, or no layer has two.
-    """
+    """The choice there is in a plan; raises RecipeError where there is none."""
     assert recipe.allocate is not None
-    named = [*(recipe.allocate.candidates or ()), *(name for rule in recipe.rules for name in (rule.scheme, *(rule.candidates or ())))]
-    fmt = get_format(format_name, map(parse_scheme, named))
-    dropped: dict[str, None] = {}
-    found: dict[str, dict[str, Option]] = {}
-    for name, layer in plan.layers.items():
-        rule = recipe.rule_for(name)
-        assert rule is not None
-        wanted = _wanted(rule, recipe)
-        if wanted:
-            found[name] = _options(layer, rule, recipe, wanted, fmt, model_dtype, dropped)
-    units = tuple(_unit(joint, [found[name] for name in members]) for joint, members in _joined(found).items())
-    if all(len(unit.options) < 2 for unit in units):
-        raise RecipeError("there is nothing to allocate: " + ("; ".join(dropped) or "every layer has one candidate, or its scheme is fixed"))
-    chosen = {name: layer for unit in units for name, layer in next(iter(unit.options.values())).layers.items()}
-    fixed = sum(stored_bits(fmt, layer, model_dtype) for name, layer in plan.layers.items() if name not in chosen)
+    units, dropped = find_units(plan, recipe, format_name, model_dtype)
+    free = {name for unit in units for name in unit.layers}
+    fixed = sum(stored_bits(plan.format, layer, model_dtype) for name, layer in plan.layers.items() if name not in free)
     other = 8 * plan.bytes_after - plan.bits_of_layers
-    return Problem(units, recipe.allocate.budget, fixed, plan.weights_of_layers, other, plan.parameters, tuple(dropped))
-
-
-def _wanted(rule: Rule, recipe: Recipe) -> tuple[str, ...]:
-    assert recipe.allocate is not None
-    if rule.candidates is not None:
-        return rule.candidates
-    return recipe.allocate.candidates or family(parse_scheme(rule.scheme), keep_group=rule.strict)
-
-
-def _options(
-    layer: LayerPlan, rule: Rule, recipe: Recipe, wanted: Iterable[str], fmt: Format, model_dtype: torch.dtype, dropped: dict[str, None]
-) -> dict[str, Option]:
-    options: dict[str, Option] = {}
-    for name in wanted:
-        fitted = fit(layer.linear, with_scheme(rule, name), recipe)
-        why = fmt.why_not(fitted.scheme, layer.linear.shape) if fitted.scheme.is_quantized else "its fallback leaves layers as they are"
-        if why is None:
-            options[name] = Option({layer.linear.name: fitted}, stored_bits(fmt, fitted, model_dtype))
-        else:
-            dropped[f"{name} is no candidate: {why}"] = None
-    if not options:
-        raise RecipeError(f"no candidate is left for {layer.linear.name}: {'; '.join(dropped)}")
-    return options
-
-
-def stored_bits(fmt: Format, layer: LayerPlan, model_dtype: torch.dtype) -> int:
-    """Everything that the container stores for a layer."""
-    parts = plan_shapes(fmt, layer.scheme, layer.linear.shape, model_dtype).values()
-    return sum(8 * dtype.itemsize * prod(shape) for dtype, shape in parts)
-
-
-def _joined(names: Iterable[str]) -> dict[str, list[str]]:
-    """Layers by the unit they are of, in the order of the plan."""
-    names = list(names)
-    joint = {member: name for name, members in fused_groups(names).items() for member in members}
-    units: dict[str, list[str]] = {}
-    for name in names:
-        expert = _EXPERT.match(name)
-        units.setdefault(expert[1] if expert else joint.get(name, name), []).append(name)
-    return units
-
-
-def _unit(name: str, members: list[dict[str, Option]]) -> Unit:
-    """A unit of layers with these options each; what one of them cannot take, none does, and schemes that come to the same are one."""
-    shared = [scheme for scheme in members[0] if all(scheme in options for options in members)]
-    if not shared:
-        raise RecipeError(f"the layers of {name} take one scheme in engines, and the recipe gives them candidates without a common one")
-    options: dict[str, Option] = {}
-    seen: set[tuple[str, ...]] = set()
-    for scheme in shared:
-        layers = {layer: plan for options_of in members for layer, plan in options_of[scheme].layers.items()}
-        kinds = tuple(plan.scheme.name for plan in layers.values())
-        if kinds not in seen:
-            seen.add(kinds)
-            options[scheme] = Option(layers, sum(options_of[scheme].bits for options_of in members))
-    return Unit(name, options)
+    return Problem(units, recipe.allocate.budget, fixed, plan.weights_of_layers, other, plan.parameters, dropped)

@@ -9,12 +9,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from quantkit.core.scheme import DEFAULT_GROUP, WEIGHT_BITS, Scheme, parse_scheme
+from quantkit.core.scheme import CHANNEL, WEIGHT_BITS, Scheme, parse_scheme
 from quantkit.errors import RecipeError, UsageError
 
 _FINE_GROUP = 32
 _FINE_BITS = (2, 3, 4)
-"""Widths offered in finer groups too: the step to the next width is large there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +99,11 @@ def checked_candidates(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     return names
 
 
-def family(scheme: Scheme, *, keep_group: bool) -> tuple[str, ...]:
-    """The candidates that go with a rule's scheme: every width in its groups, and the narrow ones in finer groups too.
+def family(scheme: Scheme, *, with_fine: bool) -> tuple[str, ...]:
+    """The candidates that go with a rule's scheme: every width in its groups.
+
+    Args:
+        with_fine: the narrow widths in groups of 32 too. Between 4 and 8 bits they are worth having; beside 5 and 6 bits they gain next to nothing.
 
     Raises:
         RecipeError: the scheme is of no such family.
@@ -112,6 +114,5 @@ def family(scheme: Scheme, *, keep_group: bool) -> tuple[str, ...]:
     tail = "" if weight.symmetric else "-asym"
     group = scheme.name.removeprefix(f"w{weight.bits}a16{tail}")
     names = [f"w{bits}a16{tail}{group}" for bits in WEIGHT_BITS]
-    if not keep_group and (weight.group or DEFAULT_GROUP) > _FINE_GROUP:
-        names += [f"w{bits}a16{tail}-g{_FINE_GROUP}" for bits in _FINE_BITS]
-    return tuple(names)
+    is_coarse = weight.group is None or weight.group == CHANNEL or weight.group > _FINE_GROUP
+    return (*names, *(f"w{bits}a16{tail}-g{_FINE_GROUP}" for bits in _FINE_BITS if with_fine and is_coarse))

@@ -24,7 +24,6 @@ def draw_pareto(outcome: dict[str, Any], path: Path, title: str) -> list[str]:
     for name, point in outcome["uniform"].items():
         if point["predicted_kl"] > 0:
             axes.annotate(name, (point["linear_bpw"], point["predicted_kl"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.plot(*_columns([outcome]), "o", color="#cc3311", label="this model, predicted")
     if outcome["measured_kl"]:
         axes.plot([outcome["linear_bpw"]], [outcome["measured_kl"]], "*", color="#cc3311", markersize=11, label="this model, measured")
     axes.set(yscale="log", xlabel="bits per weight in quantized layers", ylabel="KL divergence, nats a token", title=title)

@@ -87,7 +87,8 @@ def _with_problem(prepared: Prepared) -> Prepared:
     problem = state_problem(prepared.plan, prepared.recipe, options.format, DTYPES[options.dtype] or prepared.source.dtype)
     problem.require_possible()
     if budget.kind == "kl" and not (prepared.plan.needs_calibration and options.measure):
-        raise UsageError(f"{budget} is kept to by measuring, and recipe {prepared.recipe.name} measures nothing; take a calibrated one, such as w4a16-gptq")
+        why = f"recipe {prepared.recipe.name} measures nothing; take a calibrated one, such as w4a16-gptq"
+        raise UsageError(f"{budget} is kept to by measuring, and {why}")
     prepared = replace(prepared, allocation=Allocation(problem))
     path = allocation_path(options.allocation) if options.allocation is not None else None
     if path is not None and path.exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ def choose(units: Sequence[Sequence[Candidate]], budget: float, *, most_states: 
     """
     fronts = [_front(unit) for unit in units]
     cheapest = sum(front[0].cost for front, _ in fronts)
-    limit = budget * (1 + _SLACK)
+    limit = min(budget, sum(front[-1].cost for front, _ in fronts)) * (1 + _SLACK)
     if cheapest > limit:
         return None
     weight, greedy = _greedy(fronts, limit)
@@ -99,7 +100,7 @@ def _greedy(fronts: list[_Front], limit: float) -> tuple[float, list[int]]:
     steps = []
     for unit, (front, _) in enumerate(fronts):
         hull = _hull(front)
-        steps += [(_slope(front[a], front[b]), unit, b, front[b].cost - front[a].cost) for a, b in zip(hull, hull[1:], strict=False)]
+        steps += [(_slope(front[a], front[b]), unit, b, front[b].cost - front[a].cost) for a, b in pairwise(hull)]
     picks = [0] * len(fronts)
     cost = sum(front[0].cost for front, _ in fronts)
     weight, stuck = 0.0, set()

@@ -29,6 +29,7 @@ def test_no_other_choice_within_the_budget_is_worth_less(units: list[list[Candid
         assert found is None
         return
     assert found is not None and found.value == pytest.approx(best, rel=1e-9, abs=1e-9) and found.bound == found.value
+    assert choose(units, float("inf")).value == pytest.approx(best_of_all(units, float("inf")))
     assert found.cost <= budget and found.cost == sum(unit[pick].cost for unit, pick in zip(units, found.picks, strict=True))
 
 
@@ -37,8 +38,8 @@ def layers(count: int, seed: int) -> list[list[Candidate]]:
     random = np.random.default_rng(seed)
     sizes, sensitivity = random.choice([4096 * 4096, 4096 * 14336, 4096 * 6144], count), random.lognormal(0, 2, count)
     bits = (2.125, 2.25, 3.125, 3.25, 4.125, 4.25, 5.125, 6.125, 8.125)
-    wobble = random.lognormal(0, 0.2, (count, len(bits)))
-    return [[Candidate(b * n, s * n * 4.0**-b * w) for b, w in zip(bits, row, strict=True)] for n, s, row in zip(sizes, sensitivity, wobble, strict=True)]
+    losses = sensitivity[:, None] * sizes[:, None] * 4.0 ** -np.array(bits) * random.lognormal(0, 0.2, (count, len(bits)))
+    return [[Candidate(b * size, loss) for b, loss in zip(bits, row, strict=True)] for size, row in zip(sizes.tolist(), losses.tolist(), strict=True)]
 
 
 def test_a_model_of_500_units_is_solved_to_the_proven_best_and_a_larger_budget_never_loses_more() -> None:
