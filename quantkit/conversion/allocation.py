@@ -17,7 +17,7 @@ from quantkit.conversion.plan import Plan
 from quantkit.conversion.recipe import Recipe
 from quantkit.conversion.units import Option, Unit, find_units, stored_bits
 from quantkit.core.knapsack import Candidate, choose
-from quantkit.errors import UsageError
+from quantkit.errors import RecipeError, UsageError
 
 Losses = Mapping[str, Mapping[str, float]]
 """Nats a token, by layer and scheme."""
@@ -69,14 +69,19 @@ class Problem:
             return (bits + self.fixed_bits + self.other_bits) / self.parameters
         return (bits + self.fixed_bits) / self.weights
 
-    def require_possible(self) -> None:
-        """Raises UsageError for bits that no choice comes to; a KL can be judged only once it is measured."""
+    def require_possible(self, *, is_users: bool) -> None:
+        """Refuse bits that no choice comes to; a KL can be judged only once it is measured.
+
+        Raises:
+            UsageError: the budget is the user's.
+            RecipeError: it is the recipe's.
+        """
         low, high = (ceil(end * 1000) / 1000 for end in self.range)
         amount = self.budget.amount
         if self.budget.kind == "kl" or low <= amount <= high or self.range[0] <= amount <= self.range[1]:
             return
         where = "below" if amount < low else "above"
-        raise UsageError(
+        raise (UsageError if is_users else RecipeError)(
             f"{self.budget} is {where} what these candidates come to, {low:.3f} to {high:.3f} bits a weight{self._of_what}; "
             f"the nearest that works is {self._prefix}{low if amount < low else high:.3f}, and other candidates reach further"
         )

@@ -85,7 +85,7 @@ def _with_problem(prepared: Prepared) -> Prepared:
     """What there is to choose; chosen already where the user gave a measurement."""
     options, budget = prepared.options, prepared.recipe.allocate.budget
     problem = state_problem(prepared.plan, prepared.recipe, options.format, DTYPES[options.dtype] or prepared.source.dtype)
-    problem.require_possible()
+    problem.require_possible(is_users=options.budget is not None)
     if budget.kind == "kl" and not (prepared.plan.needs_calibration and options.measure):
         why = f"recipe {prepared.recipe.name} measures nothing; take a calibrated one, such as w4a16-gptq"
         raise UsageError(f"{budget} is kept to by measuring, and {why}")
