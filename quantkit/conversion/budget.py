@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from quantkit.core.scheme import CHANNEL, WEIGHT_BITS, Scheme, parse_scheme
+from quantkit.core.scheme import CHANNEL, WEIGHT_BITS, Scheme
+from quantkit.core.scheme_names import named, parse_scheme, takes_group, with_group
 from quantkit.errors import RecipeError, UsageError
 
 _FINE_GROUP = 32
@@ -109,10 +110,9 @@ def family(scheme: Scheme, *, with_fine: bool) -> tuple[str, ...]:
         RecipeError: the scheme is of no such family.
     """
     weight = scheme.weight
-    if weight is None or weight.kind != "int" or scheme.activation is not None:
+    if weight is None or scheme.activation is not None or not takes_group(scheme):
         raise RecipeError(f"bits cannot be allocated in the family of {scheme.name}; name candidates in the recipe's allocate")
-    tail = "" if weight.symmetric else "-asym"
-    group = scheme.name.removeprefix(f"w{weight.bits}a16{tail}")
-    names = [f"w{bits}a16{tail}{group}" for bits in WEIGHT_BITS]
-    is_coarse = weight.group is None or weight.group == CHANNEL or weight.group > _FINE_GROUP
-    return (*names, *(f"w{bits}a16{tail}-g{_FINE_GROUP}" for bits in _FINE_BITS if with_fine and is_coarse))
+    widths = [named(replace(weight, bits=bits), None) for bits in WEIGHT_BITS]
+    is_coarse = weight.group == CHANNEL or weight.group > _FINE_GROUP
+    fine = [with_group(each, _FINE_GROUP) for each in widths if with_fine and is_coarse and each.weight.bits in _FINE_BITS]
+    return tuple(each.name for each in widths + fine)

@@ -12,7 +12,7 @@ import torch
 from quantkit.conversion.budget import family
 from quantkit.conversion.plan import LayerPlan, Plan, fit, with_scheme
 from quantkit.conversion.recipe import Recipe, Rule
-from quantkit.core.scheme import parse_scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import RecipeError
 from quantkit.formats.base import Format, plan_shapes
 from quantkit.formats.fusion import fused_groups

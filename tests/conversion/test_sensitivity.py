@@ -16,7 +16,7 @@ from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.plan import LayerPlan
 from quantkit.conversion.prepare import Prepared, plan_conversion
 from quantkit.conversion.sensitivity import Losses, SensitivityPass
-from quantkit.core.scheme import parse_scheme
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.formats.streamed import FileOrder
 from quantkit.methods.registry import get_rounding
 from quantkit.models.streaming import BlockRunner
