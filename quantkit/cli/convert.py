@@ -44,6 +44,9 @@ class Size(click.ParamType):
 @click.option("--override", multiple=True, metavar="REGEX=SCHEME", help="Scheme of layers whose name matches, e.g. 'down_proj=w8a16'. Repeatable.")
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Layers to leave as they are. Repeatable.")
 @click.option("--group-size", type=int, help="Weights that share a scale; -1 for one scale a channel. It must divide every layer it applies to.")
+@click.option("--target-bpw", metavar="BITS", help="Choose layers' bits by measurement, for 4.25 bits a weight in them, or file:4.5 over all.")
+@click.option("--max-kl", type=float, metavar="NATS", help="The same with the fewest bits whose KL divergence is at most this, such as 0.02.")
+@click.option("--allocation", metavar="FILE", help="What an earlier run measured: a file, or its output. A new name is written.")
 @click.option("--max-shard-size", default="5GB", show_default=True, type=Size(), help="Largest weight file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT once the new one is whole.")
@@ -63,6 +66,7 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
     \b
     quantkit convert reference -o out
     quantkit convert org/name -o out -r w4a16-gptq -f gptq --calib chats.jsonl
+    quantkit convert org/name -o out --target-bpw 4.25
     quantkit convert ./model -o out -r w4a16-mse --override 'down_proj=w8a16' --ignore 'layers\\.0\\.'
     """
     from pathlib import Path
@@ -99,7 +103,8 @@ def _settings(options: dict[str, Any]) -> ConvertOptions:
     )  # fmt: skip
     return ConvertOptions(
         recipe=options["recipe"], format=options["format_name"], calibration=calibration, overrides=options["override"], ignore=options["ignore"],
-        group_size=options["group_size"], dtype=options["dtype"], device=options["device"], max_shard_size=options["max_shard_size"],
+        group_size=options["group_size"], target_bpw=options["target_bpw"], max_kl=options["max_kl"],
+        allocation=options["allocation"], dtype=options["dtype"], device=options["device"], max_shard_size=options["max_shard_size"],
         overwrite=options["overwrite"], fresh=options["fresh"], requantize=options["requantize"], measure=options["measure"],
         trust_remote_code=options["trust_remote_code"],
     )  # fmt: skip

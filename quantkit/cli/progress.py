@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from quantkit.checkpoint.weight_files import some
+from quantkit.cli.allocation import allocation_line, show_allocation
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult, figure
@@ -70,12 +71,15 @@ def show_plan(prepared: Prepared) -> None:
     for name, count in kinds.items():
         table.add_row(name, f"{count:,}", f"{weights[name]:,}")
     results.print(table)
+    show_allocation(results, prepared)
     _show_notes(results, {f"{name}: {layer.note}" for name, layer in plan.layers.items() if layer.note}, plan.left_alone)
     results.print(
         f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, "
         f"{plan.linear_bpw:.3f} bits per weight in quantized layers, {plan.file_bpw:.3f} over the file"
     )
     data = prepared.options.calibration
+    if prepared.needs_measurement:
+        results.print("a measurement is needed before schemes can be chosen; layers and size above are a stand-in for the choice")
     calibrated = f"would be calibrated on up to {data.num_samples} rows of {data.source or 'the built-in mix'}"
     results.print(calibrated if plan.needs_calibration else "needs no calibration data; the model is never built")
     for note in plan.notes:
@@ -92,6 +96,8 @@ def show_report(report: ConversionReport) -> None:
     table.add_row("time", f"{report.seconds:.1f} s")
     table.add_row("peak memory", _megabytes(report.peak_memory_bytes))
     table.add_row("layer error", f"mean {report.mean_error:.2e}, worst {report.worst.error:.2e} ({report.worst.name})")
+    if report.allocation:
+        table.add_row("allocation", allocation_line(report.allocation))
     if report.divergence:
         d = report.divergence
         table.add_row("perplexity", f"{figure(d['ppl_baseline'])} -> {figure(d['ppl_quantized'])} ({d['num_tokens']} held-out calibration tokens)")

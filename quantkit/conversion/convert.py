@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,8 @@ from quantkit.checkpoint.ledger import Ledger
 from quantkit.checkpoint.output import finish, prepare, release
 from quantkit.checkpoint.side_files import side_files
 from quantkit.checkpoint.writer import CheckpointWriter, require_space
+from quantkit.conversion.allocate import account, choose_schemes, measurement_path, tightened, tried, write_allocation
+from quantkit.conversion.allocation_file import path_beside
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.hidden_states import spilled_bytes
 from quantkit.conversion.options import DTYPES, ConvertOptions
@@ -64,24 +67,47 @@ def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
     try:
         require_space(partial, plan.bytes_after)
         side_files(prepared.origin.folder, exclude=(CARD_FILE,))
-        rows = load_rows(prepared) if plan.needs_calibration else None
-        if rows is not None:
-            require_space(partial, plan.bytes_after + _spilled_bytes(prepared, rows))
-        ledger = Ledger.open(partial, _identity(prepared, rows), fresh=options.fresh)
-        with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
-            writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
-            weights = FileOrder(prepared.source, prepared.architecture)
-            place = Workplace(weights, plan, writer, ledger, listener, DTYPES[options.dtype] or prepared.source.dtype, prepared.device)
-            results, divergence = _work(prepared, place, rows, partial)
-            writer.close()
-        report = make_report(prepared, out, results, divergence, rows, time.monotonic() - started)
+        rows = load_rows(prepared) if plan.needs_calibration or prepared.needs_measurement else None
+        if prepared.needs_measurement:
+            assert rows is not None
+            prepared = choose_schemes(prepared, rows, out, partial, _running_dtype(prepared), listener.stage)
+        results, divergence = _attempt(prepared, rows, partial, listener)
+        prepared = tried(prepared, divergence)
+        while (following := tightened(prepared, divergence)) is not None:
+            release(partial)
+            partial = prepare(out, overwrite=options.overwrite, fresh=True)
+            assert following.allocation is not None and following.allocation.measurement is not None
+            following.allocation.measurement.write(measurement_path(prepared, out))
+            results, divergence = _attempt(following, rows, partial, listener)
+            prepared = tried(following, divergence)
+        outcome = account(prepared, divergence)
+        prepared.plan.notes.extend(write_allocation(prepared, outcome, partial, out))
+        report = make_report(prepared, out, results, divergence, rows, time.monotonic() - started, outcome)
         write_side_files(prepared, partial, report)
         finish(partial, out, overwrite=options.overwrite)
+        path_beside(out).unlink(missing_ok=True)
     except KeyboardInterrupt as error:
         raise Interrupted(f"stopped; what is finished is kept in {partial}, and the same command goes on from there") from error
     finally:
         release(partial)
     return report
+
+
+def _attempt(
+    prepared: Prepared, rows: CalibrationSet | None, partial: Path, listener: Listener
+) -> tuple[list[LayerResult], DivergenceResult | None]:
+    """Make every tensor of the plan; rows are for plans that calibrate."""
+    options, plan = prepared.options, prepared.plan
+    rows = rows if plan.needs_calibration else None
+    require_space(partial, plan.bytes_after + (0 if rows is None else _spilled_bytes(prepared, rows)))
+    ledger = Ledger.open(partial, _identity(prepared, rows), fresh=options.fresh)
+    with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
+        writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
+        weights = FileOrder(prepared.source, prepared.architecture)
+        place = Workplace(weights, plan, writer, ledger, listener, DTYPES[options.dtype] or prepared.source.dtype, prepared.device)
+        results, divergence = _work(prepared, place, rows, partial)
+        writer.close()
+    return results, divergence
 
 
 def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]:
@@ -92,9 +118,11 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
         "calibration data": rows.report.source, "num_samples": calibration.num_samples, "seq_len": rows.report.seq_len, "seed": calibration.seed,
         "layout": calibration.layout, "calibration rows": rows.fingerprint,
     }  # fmt: skip
+    names = " ".join(f"{name}={layer.scheme.name}" for name, layer in prepared.plan.layers.items())
+    chosen = {} if prepared.allocation is None else {"allocated schemes": hashlib.sha256(names.encode()).hexdigest()[:16]}
     return {
         "source fingerprint": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.name, **rules, "fallback": prepared.recipe.fallback,
-        "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data,
+        "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen,
         "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
     }  # fmt: skip

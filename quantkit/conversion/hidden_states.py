@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 
 import torch
@@ -33,8 +34,7 @@ class HiddenStates:
     def __init__(self, rows: CalibrationSet, width: int, dtype: torch.dtype, folder: Path, name: str) -> None:
         self.rows = rows
         shape = (*rows.input_ids.shape, width)
-        num_bytes = spilled_bytes(rows.input_ids.numel(), width, dtype)
-        self.states = _mapped(folder / f"{name}.states", num_bytes, dtype).view(shape) if num_bytes else torch.empty(shape, dtype=dtype)
+        self.states = room_for(shape, dtype, folder, name)
 
     def batches(self, runner: BlockRunner, index: int | None) -> list[Place]:
         """A few rows, or single texts, for block `index` or the embedding (None)."""
@@ -52,6 +52,12 @@ class HiddenStates:
 
     def through(self, runner: BlockRunner, index: int, batch: Place) -> Tensor:
         return runner.block(index, self.states[batch], self.rows.input_ids[batch], self.rows.position_ids[batch])
+
+
+def room_for(shape: tuple[int, ...], dtype: torch.dtype, folder: Path, name: str) -> Tensor:
+    """A tensor for hidden states, without values; raises OutputError where it must be a file and the disk has no room for it."""
+    num_bytes = spilled_bytes(prod(shape[:-1]), shape[-1], dtype)
+    return _mapped(folder / f"{name}.states", num_bytes, dtype).view(shape) if num_bytes else torch.empty(shape, dtype=dtype)
 
 
 def _mapped(path: Path, num_bytes: int, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from quantkit.conversion.budget import Budget, read_budget
 from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.errors import UsageError, did_you_mean
 from quantkit.formats.registry import get_format
@@ -22,6 +23,9 @@ class ConvertOptions:
         dtype: type of unquantized tensors in the output, "auto" to keep each.
         device: "auto" takes a GPU where there is one.
         max_shard_size: bytes of one weight file.
+        target_bpw: choose schemes by measurement so that the quantized linears come to at most this many bits a weight; "file:4.5" counts all files.
+        max_kl: the same, with the fewest bits whose KL divergence on held-out rows is at most this.
+        allocation: a file, or the folder of an earlier conversion, whose measurement is used in place of a new one; a new name gets the new one.
         requantize: take an already quantized source, decoded, as the original.
         measure: perplexity and KL on held-out calibration rows; only calibrated recipes have any.
     """
@@ -32,6 +36,9 @@ class ConvertOptions:
     overrides: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     group_size: int | None = None
+    target_bpw: float | int | str | None = None
+    max_kl: float | int | None = None
+    allocation: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     max_shard_size: int = 5_000_000_000
@@ -51,3 +58,10 @@ class ConvertOptions:
         if self.max_shard_size < 1:
             raise UsageError(f"max_shard_size is {self.max_shard_size}; give a size such as 5GB")
         get_format(self.format)
+        read_budget(self.target_bpw, self.max_kl)
+        if self.max_kl is not None and not self.measure:
+            raise UsageError("max-kl is kept to by measuring, which measure=False (--no-measure) turns off; leave one of them out")
+
+    @property
+    def budget(self) -> Budget | None:
+        return read_budget(self.target_bpw, self.max_kl)

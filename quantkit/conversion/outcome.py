@@ -7,10 +7,12 @@ import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from quantkit.checkpoint.disk import write_atomically
 from quantkit.checkpoint.output import copy_side_files
 from quantkit.checkpoint.side_files import left_behind
+from quantkit.conversion.allocation_file import ALLOCATION_FILE, PICTURE_FILE
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.card import kept_front_matter, model_card
 from quantkit.conversion.prepare import Prepared
@@ -19,11 +21,12 @@ from quantkit.conversion.rows import account
 from quantkit.core.divergence import DivergenceResult
 
 REPORT_FILE, RECIPE_FILE, CARD_FILE = "quantkit_report.json", "recipe.yaml", "README.md"
-_OWN_FILES = (CARD_FILE, REPORT_FILE, RECIPE_FILE)
+_OWN_FILES = (CARD_FILE, REPORT_FILE, RECIPE_FILE, ALLOCATION_FILE, PICTURE_FILE)
 
 
 def make_report(
-    prepared: Prepared, out: Path, results: list[LayerResult], divergence: DivergenceResult | None, rows: CalibrationSet | None, seconds: float
+    prepared: Prepared, out: Path, results: list[LayerResult], divergence: DivergenceResult | None, rows: CalibrationSet | None, seconds: float,
+    allocation: dict[str, Any] | None = None,
 ) -> ConversionReport:
     plan, folder = prepared.plan, prepared.origin.folder
     behind = left_behind(folder, weights=prepared.source.reader.files, exclude=_OWN_FILES)
@@ -33,7 +36,7 @@ def make_report(
         file_bpw=plan.file_bpw, seconds=seconds, peak_memory_bytes=peak_memory(),
         calibration=account(rows, prepared.options) if rows else None, divergence=divergence.to_dict() if divergence else None,
         versions={name: version(name) for name in ("quantkit", "torch", "transformers")}, notes=[*plan.notes, *_without_place(results)],
-        left_behind=[path.as_posix() for path in behind],
+        left_behind=[path.as_posix() for path in behind], allocation=allocation,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -107,19 +108,21 @@ class Plan:
 
 
 def make_plan(
-    source: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, format_name: str, *, max_shard_size: int, dtype: torch.dtype | None = None
-) -> Plan:
+    source: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, format_name: str, *, max_shard_size: int, dtype: torch.dtype | None = None,
+    allocated: Mapping[str, str] | None = None,
+) -> Plan:  # fmt: skip
     """Decide every layer and refuse what cannot be done.
 
     Args:
         dtype: the type of unquantized tensors in the output; None keeps each as it is.
+        allocated: schemes chosen for some layers in place of their rules'.
 
     Raises:
         RecipeError: a pattern that matches nothing, a strict group that does not divide, or nothing left to quantize.
         FormatError: the container cannot hold a layer's scheme.
     """
     unbuilt = _unbuilt(source, architecture)
-    layers, left_alone = _decide(architecture, unbuilt, recipe, source, get_format(format_name))
+    layers, left_alone = _decide(architecture, unbuilt, recipe, source, get_format(format_name), allocated or {})
     fmt = get_format(format_name, (layer.scheme for layer in layers.values()), dtype or source.dtype)
     _check_format(fmt, layers)
     ignored = _ignored_linears(architecture, layers) | {name for name in unbuilt if f"{name}.weight" in source}
@@ -172,7 +175,7 @@ def _is_matrix(source: OpenedCheckpoint, name: str) -> bool:
 
 
 def _decide(
-    architecture: Architecture, unbuilt: dict[str, str], recipe: Recipe, source: OpenedCheckpoint, fmt: Format
+    architecture: Architecture, unbuilt: dict[str, str], recipe: Recipe, source: OpenedCheckpoint, fmt: Format, allocated: Mapping[str, str]
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     layers: dict[str, LayerPlan] = {}
     outside = {linear.name: "outside the decoder blocks" for linear in architecture.outside}
@@ -190,7 +193,8 @@ def _decide(
         elif linear.is_transposed and not fmt.holds_conv1d:
             left_alone[linear.name] = f"a Conv1D, which loaders of {fmt.name} do not take, and those of gptq do"
         else:
-            layer = _fit(linear, rule, recipe, common_group)
+            chosen_rule = with_scheme(rule, allocated[linear.name]) if linear.name in allocated else rule
+            layer = fit(linear, chosen_rule, recipe, common_group=common_group)
             why = fmt.why_not(layer.scheme, linear.shape) if layer.note and layer.scheme.is_quantized else None
             if layer.scheme.is_quantized and why is None:
                 layers[linear.name] = layer
@@ -279,7 +283,17 @@ def _leave_all_but_one_scheme(layers: dict[str, LayerPlan], left_alone: dict[str
         left_alone[name] = f"{layers.pop(name).note}, and {fmt.name} holds one scheme a model"
 
 
-def _fit(linear: Linear, rule: Rule, recipe: Recipe, common_group: int | None) -> LayerPlan:
+def with_scheme(rule: Rule, scheme: str) -> Rule:
+    """The rule for a layer that was allocated another scheme, whose group may fall as a recipe's own does."""
+    return rule.model_copy(update={"scheme": scheme, "strict": False})
+
+
+def fit(linear: Linear, rule: Rule, recipe: Recipe, *, common_group: int | None = None) -> LayerPlan:
+    """How a rule stores a linear: in its own groups, in smaller ones, or by the fallback.
+
+    Args:
+        common_group: for containers whose layers share one group size, where the rule's own does not divide them all.
+    """
     wanted = parse_scheme(rule.scheme)
     if common_group is not None and takes_group(wanted) and not rule.strict:
         note = f"groups of {common_group} divide every layer, and the container holds one group size"

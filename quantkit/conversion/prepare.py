@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil, inf
 from pathlib import Path
 
 import torch
@@ -10,10 +12,12 @@ import torch
 from quantkit.checkpoint.output import check
 from quantkit.checkpoint.source import Source, resolve
 from quantkit.checkpoint.weight_files import some
+from quantkit.conversion.allocation import Allocation, Problem, state_problem
+from quantkit.conversion.allocation_file import Measurement, allocation_path
 from quantkit.conversion.options import DTYPES, ConvertOptions
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
-from quantkit.errors import OutputError, SourceError
+from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.device import find_device
@@ -30,6 +34,12 @@ class Prepared:
     plan: Plan
     options: ConvertOptions
     device: torch.device
+    allocation: Allocation | None = None
+    """While nothing is measured, `plan` is a stand-in of about the size."""
+
+    @property
+    def needs_measurement(self) -> bool:
+        return self.allocation is not None and self.allocation.measurement is None
 
 
 def check_output(source: str, out: Path, options: ConvertOptions) -> None:
@@ -42,17 +52,83 @@ def check_output(source: str, out: Path, options: ConvertOptions) -> None:
 
 def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     """Read headers and decide everything; raises the error of whatever cannot be done."""
-    recipe = Recipe.load(options.recipe).changed(overrides=options.overrides, ignore=options.ignore, group_size=options.group_size)
+    recipe = Recipe.load(options.recipe).changed(
+        overrides=options.overrides, ignore=options.ignore, group_size=options.group_size, budget=options.budget
+    )
+    if options.allocation is not None and recipe.allocate is None:
+        raise UsageError(f"allocation {options.allocation} is given and no budget; add --target-bpw or --max-kl, or take a recipe that allocates")
     device = find_device(options.device)
     origin = resolve(source, trust_remote_code=options.trust_remote_code)
     opened = _open(origin, options)
     config = load_config(origin.folder, trust_remote_code=options.trust_remote_code)
     architecture = describe(config, opened, trust_remote_code=options.trust_remote_code)
     _require_tensors(architecture, opened, origin)
-    plan = make_plan(opened, architecture, recipe, options.format, max_shard_size=options.max_shard_size, dtype=DTYPES[options.dtype])
+    prepared = Prepared(origin, opened, architecture, recipe, _plan(opened, architecture, recipe, options), options, device)
+    if recipe.allocate is not None:
+        prepared = _with_problem(prepared)
+    plan = prepared.plan
+    if prepared.needs_measurement:
+        return prepared
     if options.calibration.source is not None and not plan.needs_calibration:
         plan.notes.append(f"recipe {recipe.name} needs no calibration, so {options.calibration.source} is not read")
-    return Prepared(origin, opened, architecture, recipe, plan, options, device)
+    return prepared
+
+
+def _plan(
+    opened: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, options: ConvertOptions, allocated: Mapping[str, str] | None = None
+) -> Plan:
+    settings = {"max_shard_size": options.max_shard_size, "dtype": DTYPES[options.dtype]}
+    return make_plan(opened, architecture, recipe, options.format, allocated=allocated, **settings)
+
+
+def _with_problem(prepared: Prepared) -> Prepared:
+    """What there is to choose; chosen already where the user gave a measurement."""
+    options, budget = prepared.options, prepared.recipe.allocate.budget
+    problem = state_problem(prepared.plan, prepared.recipe, options.format, DTYPES[options.dtype] or prepared.source.dtype)
+    problem.require_possible(is_users=options.budget is not None)
+    if budget.kind == "kl" and not (prepared.plan.needs_calibration and options.measure):
+        why = f"recipe {prepared.recipe.name} measures nothing; take a calibrated one, such as w4a16-gptq"
+        raise UsageError(f"{budget} is kept to by measuring, and {why}")
+    prepared = replace(prepared, allocation=Allocation(problem))
+    path = allocation_path(options.allocation) if options.allocation is not None else None
+    if path is not None and path.exists():
+        measurement = Measurement.read(path)
+        prepared.allocation.require_covered(measurement, path, prepared.source.reader.fingerprint())
+        return allocated(prepared, measurement)
+    solution = problem.solve(problem.guess()) if budget.kind != "kl" else problem.solve_bits(problem.guess(), 1.0, inf)
+    assert solution is not None
+    return replace(prepared, plan=_plan(prepared.source, prepared.architecture, prepared.recipe, options, solution.layers))
+
+
+def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:
+    """The same with the schemes that the measurement and the budget ask for.
+
+    Raises:
+        UsageError: no choice is predicted to keep to the KL.
+    """
+    assert prepared.allocation is not None
+    problem, spare = prepared.allocation.problem, 0
+    while True:
+        solution = problem.solve(measurement.losses, measurement.factor, spare)
+        if solution is None and problem.budget.kind == "kl" and measurement.trials:
+            solution = problem.solve_bits(measurement.losses, measurement.factor, inf)  # what was predicted to do did not: do what can be done
+        if solution is None:
+            raise UsageError(_out_of_reach(problem, measurement))
+        plan = _plan(prepared.source, prepared.architecture, prepared.recipe, prepared.options, solution.layers)
+        over = ceil((plan.file_bpw - problem.budget.amount) * plan.parameters) if problem.budget.kind == "file" else 0
+        if over <= 0:
+            plan.notes += problem.dropped
+            return replace(prepared, plan=plan, allocation=Allocation(problem, measurement, solution))
+        spare += over  # headers of another length
+
+
+def _out_of_reach(problem: Problem, measurement: Measurement) -> str:
+    best = problem.solve_bits(measurement.losses, measurement.factor, inf)
+    assert best is not None
+    if problem.budget.kind != "kl":
+        return f"{problem.budget} is a few bytes of headers below what these candidates come to; {problem.range[0] + 0.001:.3f} works"
+    largest = f"the largest, {best.linear_bpw:.3f} bits a weight, is predicted at {best.predicted:.2g}"
+    return f"no choice of these candidates is predicted to keep to {problem.budget}: {largest}; ask for that or more, or name other candidates"
 
 
 def _open(origin: Source, options: ConvertOptions) -> OpenedCheckpoint:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from quantkit.conversion.budget import Allocate, Budget, checked_candidates
 from quantkit.core.scheme import CHANNEL, Scheme
 from quantkit.core.scheme_names import parse_scheme, takes_group, with_group
 from quantkit.errors import RecipeError, UsageError, did_you_mean
@@ -27,6 +28,8 @@ class Rule(BaseModel):
     scheme: str
     rounding: str | dict[str, Any] = "mse"
     transforms: tuple[str | dict[str, Any], ...] = ()
+    candidates: tuple[str, ...] | None = None
+    """Schemes to choose from where the recipe allocates; None for the recipe's own, none at all for a layer whose scheme is fixed."""
     strict: bool = Field(default=False, exclude=True)
     """The user gave this group size: it divides or it is refused."""
 
@@ -40,6 +43,11 @@ class Rule(BaseModel):
     def _exists(cls, value: str) -> str:
         parse_scheme(value)
         return value
+
+    @field_validator("candidates")
+    @classmethod
+    def _can_be_chosen(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return checked_candidates(value)
 
     def matches(self, name: str) -> bool:
         return re.search(self.pattern, name) is not None
@@ -59,7 +67,12 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole recipe. `fallback` is the scheme of layers that no group size fits, rounded as their rule says; "none" leaves them as they are."""
+    """A whole recipe.
+
+    Attributes:
+        fallback: the scheme of layers that no group size fits, rounded as their rule says; "none" leaves them as they are.
+        allocate: choose schemes by measurement; those of the rules then only say which family, and how layers are rounded.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,6 +80,7 @@ class Recipe(BaseModel):
     description: str = ""
     rules: tuple[Rule, ...] = Field(min_length=1)
     fallback: str = "w8a16-channel"
+    allocate: Allocate | None = None
 
     @field_validator("fallback")
     @classmethod
@@ -108,15 +122,18 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The recipe as it is in force, the user's changes included."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
-    def changed(self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None) -> Recipe:
+    def changed(
+        self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None, budget: Budget | None = None
+    ) -> Recipe:
         """This recipe with the command line's wishes in front.
 
         Args:
             overrides: "REGEX=scheme" each; rounding and transforms stay those of the first rule that quantizes.
             ignore: patterns of layers that keep their own type.
             group_size: for every quantized rule and every override that names no group; strict, as is a group named in an override.
+            budget: for an allocation, in place of the recipe's own; what is overridden is then fixed.
 
         Raises:
             UsageError: an override or pattern is not valid, or a rule's activations are quantized, whose weights have one scale a channel.
@@ -137,9 +154,22 @@ class Recipe(BaseModel):
                 rule = Rule(pattern=checked_pattern(pattern), scheme=scheme, strict=strict, **how)
                 says_group = strict or scheme.endswith("-channel") or not takes_group(parse_scheme(scheme))
                 front.append(rule if group_size is None or says_group else _regrouped(rule, group_size))
-            return self.model_copy(update={"rules": tuple(front + rules)})
+            allocate = self._allocating(group_size, budget)
+            if allocate is not None:
+                front = [rule.model_copy(update={"candidates": ()}) for rule in front]
+            return self.model_copy(update={"rules": tuple(front + rules), "allocate": allocate})
         except RecipeError as error:  # the same words stand for a recipe's own content where that is wrong
             raise UsageError(str(error)) from error
+
+    def _allocating(self, group_size: int | None, budget: Budget | None) -> Allocate | None:
+        if self.allocate is None and budget is None:
+            return None
+        allocate = self.allocate or Allocate()
+        update: dict[str, Any] = {"candidates": _candidates_regrouped(allocate.candidates, group_size)}
+        if budget is not None:
+            amount = f"file:{budget.amount:g}" if budget.kind == "file" else budget.amount
+            update |= {"target_bpw": None, "max_kl": amount} if budget.kind == "kl" else {"target_bpw": amount, "max_kl": None}
+        return allocate.model_copy(update=update)
 
 
 def recipe_text(name: str) -> str:
@@ -182,7 +212,16 @@ def _regrouped(rule: Rule, group_size: int) -> Rule:
     if not takes_group(scheme):
         shared = "one scale a channel" if scheme.weight.group == CHANNEL else "the groups of their format"
         raise RecipeError(f"group size {group_size} is not for {rule.scheme}, whose weights have {shared}; leave --group-size out")
-    return rule.model_copy(update={"scheme": with_group(scheme, group_size).name, "strict": group_size != CHANNEL})
+    candidates = _candidates_regrouped(rule.candidates, group_size)
+    return rule.model_copy(update={"scheme": with_group(scheme, group_size).name, "strict": group_size != CHANNEL, "candidates": candidates})
+
+
+def _candidates_regrouped(candidates: tuple[str, ...] | None, group_size: int | None) -> tuple[str, ...] | None:
+    """Candidates at the user's group size, those that have a group of their own choice."""
+    if candidates is None or group_size is None:
+        return candidates
+    schemes = {name: parse_scheme(name) for name in candidates}
+    return tuple(dict.fromkeys(with_group(each, group_size).name if takes_group(each) else name for name, each in schemes.items()))
 
 
 def _name(method: str | dict[str, Any]) -> str:
@@ -209,10 +248,13 @@ def _check_methods(rule: Rule) -> None:
         raise RecipeError(f"{names} each choose the scale of the same inputs; keep one of them")
 
 
+_PARTS: dict[str, type[BaseModel]] = {"rules": Rule, "allocate": Allocate}
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = {"pattern", "scheme", "rounding", "transforms"} if "rules" in problem["loc"] else set(Recipe.model_fields)
+        known = set(_PARTS.get(str(problem["loc"][0]), Recipe).model_fields) - {"strict"}
         return f"unknown key {where!r}; {did_you_mean(str(problem['loc'][-1]), known)}"
     return f"{where}: {problem['msg'].replace('tuple', 'list').replace('Tuple', 'List').replace('dictionary or instance of Rule', 'mapping')}"

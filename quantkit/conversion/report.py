@@ -45,6 +45,8 @@ class ConversionReport:
     notes: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
     """Files of the source that the output lacks, or has of its own under the same name."""
+    allocation: dict[str, Any] | None = None
+    """Where schemes were chosen by measurement: budget, choice by unit, predicted and measured KL, and what other sizes would do."""
 
     @property
     def mean_error(self) -> float:

@@ -40,7 +40,7 @@ def _round_alike(
     spec = first.scheme.weight
     assert spec is not None
     parts = [finite_weight(layer, weights).to(device) for layer in layers]
-    rounding, note = _affordable(first.rounding, statistics, parts[0].shape[1])
+    rounding, note = affordable(first.rounding, statistics, parts[0].shape[1])
     stacked = torch.cat(parts)
     try:
         rounded = rounding(stacked, spec, plan.format.scale_dtype(model_dtype), statistics)
@@ -58,7 +58,7 @@ def _round_alike(
         yield layer.linear.name, q, result
 
 
-def _affordable(rounding: Rounding, statistics: Statistics | None, num_inputs: int) -> tuple[Rounding, str | None]:
+def affordable(rounding: Rounding, statistics: Statistics | None, num_inputs: int) -> tuple[Rounding, str | None]:
     """The rounding, or the one to take in its place with why: a Hessian of less than half its inputs' number misleads GPTQ, its diagonal does not."""
     if not rounding.needs_calibration or (statistics is not None and statistics.num_tokens >= num_inputs // 2):
         return rounding, None

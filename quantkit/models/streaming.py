@@ -53,6 +53,7 @@ class BlockRunner:
         self._num_returned = 0  # by a block: 0 is a tensor, n a tuple of n
         self._keeps_embedding = False
         self._mixes: dict[int | None, bool] = {}
+        self._differentiates = False
         _move_buffers(architecture.model, self.device)
 
     def load(self, module_path: str, weights: Weights) -> None:
@@ -213,8 +214,17 @@ class BlockRunner:
         return (hidden, *[None] * (self._num_returned - 1)) if self._num_returned else hidden
 
     def _forward(self, **inputs: Tensor) -> Any:
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._differentiates):
             return self.architecture.model(**inputs, use_cache=False)
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Answers of `block` and `logits` can be differentiated by the hidden states they were given, and by what comes between."""
+        self._differentiates = True
+        try:
+            yield
+        finally:
+            self._differentiates = False
 
     @contextmanager
     def _stopping(self) -> Iterator[Callable[..., Tensor]]:

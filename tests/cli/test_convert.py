@@ -273,3 +273,19 @@ def test_what_cannot_be_done_is_refused_in_one_message(case: str, tiny: Path, tm
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.startswith("Error: ") and message in shown.err and shown.err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_allocation_is_planned_told_and_planned_again_for_another_budget(
+    tiny: Path, tmp_path: Path, calibration: tuple[str, ...], capsys: Captured
+) -> None:
+    convert(tiny, "-o", tmp_path / "out", "--dry-run", "--target-bpw", "4.5")
+    before = capsys.readouterr().out
+    convert(tiny, "-o", tmp_path / "out", *calibration, "--target-bpw", "4.5")
+    made = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    convert(tiny, "-o", tmp_path / "other", "--dry-run", "--max-kl", "1", "--allocation", tmp_path / "out")
+    after = capsys.readouterr().out
+
+    assert "a measurement is needed" in before and "the candidates reach from" in before
+    assert "target-bpw 4.5; KL predicted" in made and ", measured" in made
+    assert "a measurement is needed" not in after and "self_attn.qkv_proj" in after and "KL divergence predicted" in after
+    assert not (tmp_path / "other").exists()

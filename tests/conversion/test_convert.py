@@ -22,7 +22,7 @@ from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.convert import Silent, convert, run
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.prepare import plan_conversion
-from quantkit.conversion.recipe import list_recipes
+from quantkit.conversion.recipe import Recipe, list_recipes
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.token_file import load_token_file
 from quantkit.errors import FormatError, UsageError
@@ -60,7 +60,8 @@ def logits(model: torch.nn.Module, vocabulary: int = 96) -> Tensor:
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_fills_every_container_that_holds_it(recipe: str, format_name: str, stories: Path, tmp_path: Path, options: Options) -> None:
-    wanted = options(recipe, format=format_name)
+    allocates = Recipe.load(recipe).allocate is not None
+    wanted = options(recipe, format=format_name, target_bpw=6.0 if allocates else None)
     try:
         plan = plan_conversion(str(stories), wanted).plan
     except FormatError as error:
@@ -70,8 +71,9 @@ def test_every_recipe_fills_every_container_that_holds_it(recipe: str, format_na
     report = convert(str(stories), tmp_path / "out", wanted)
 
     opened = OpenedCheckpoint(tmp_path / "out")
-    assert {name: scheme.name for name, scheme in opened.schemes.items()} == {name: layer.scheme.name for name, layer in plan.layers.items()}
+    assert {name: scheme.name for name, scheme in opened.schemes.items()} == {layer.name: layer.scheme for layer in report.layers}
     assert {layer.name for layer in report.layers} == set(plan.layers)
+    assert allocates or all(layer.scheme == plan.layers[layer.name].scheme.name for layer in report.layers)
     bits = int(recipe[1])
     original, ours = logits(decoded(stories)), logits(decoded(tmp_path / "out"))
     assert (ours - original).std() / original.std() < {2: 0.6, 3: 0.3, 4: 0.15, 8: 0.02}[bits]
