@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.allocator import give_back
 from quantkit.checkpoint.ledger import Ledger
@@ -23,9 +23,11 @@ from quantkit.conversion.plan import Plan
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import round_together
 from quantkit.conversion.statistics import HessianCollector
+from quantkit.conversion.tuning import Rounded, TunedBlock, tuning_of
 from quantkit.core.divergence import Divergence, DivergenceResult
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import SourceError
+from quantkit.methods.tuned import Tuned
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows, logit_places
@@ -163,6 +165,8 @@ class CalibratedWork:
         self.place, self.runner, self.held_out = place, runner, held_out
         width = runner.architecture.config.get_text_config().hidden_size
         self.calibration = HiddenStates(rows, width, runner.dtype, folder, "calibration")
+        self.tuned = tuning_of(place.plan)
+        self.original = [HiddenStates(rows, width, runner.dtype, folder, "calibration.original")] if self.tuned else []
         self.measured = [HiddenStates(held_out, width, runner.dtype, folder, name) for name in ("original", "quantized")] if held_out else []
         self.schemes = {name: layer.scheme for name, layer in place.plan.layers.items()}
 
@@ -172,8 +176,8 @@ class CalibratedWork:
         for index, block in enumerate(self.runner.architecture.blocks):
             done = self.place.finished(block.path)
             self.runner.load(block.path, self.place.source)
-            if self.measured:
-                self.measured[0].advance(self.runner, index)
+            for states in self.original + self.measured[:1]:
+                states.advance(self.runner, index)
             results = done if done is not None else self._quantize(index, block)
             self._use_quantized(block, done is not None)
             self._advance(index, block)
@@ -187,7 +191,7 @@ class CalibratedWork:
     def _embed(self) -> None:
         self.place.listener.stage("embedding")
         self.runner.load_outside(self.place.source)
-        for states in (self.calibration, *self.measured):
+        for states in (self.calibration, *self.original, *self.measured):
             states.embed(self.runner)
         rows = self.calibration.rows
         self.runner.settle(self.calibration.states, rows.input_ids, rows.position_ids)
@@ -202,14 +206,26 @@ class CalibratedWork:
             with collector.watching(valid), skipping_padding(block.module, valid):
                 self.calibration.through(self.runner, index, batch)
         results, names = [], []
-        for group, statistics in collector.shared():
-            place = self.place
-            for name, q, result in round_together(group, place.plan, place.source, statistics, place.model_dtype, place.device):
-                names += place.write(name, q)
-                results.append(result)
-                place.listener.layer(result)
+        for name, q, result in self._rounded(index, block, modules, collector):
+            names += self.place.write(name, q)
+            results.append(result)
+            self.place.listener.layer(result)
         self.place.finish(block.path, results, names)
         return results
+
+    def _rounded(
+        self, index: int, block: Block, modules: dict[str, nn.Module], collector: HessianCollector
+    ) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
+        place, to_tune = self.place, {}
+        for group, statistics in collector.shared():
+            for name, q, result in round_together(group, place.plan, place.source, statistics, place.model_dtype, place.device):
+                if statistics is not None and result.rounding == Tuned.__name__:
+                    to_tune[name] = Rounded(place.plan.layers[name], q, result, statistics)
+                else:
+                    yield name, q, result
+        if self.tuned and to_tune:
+            tuning = TunedBlock(self.runner, index, block.module, self.calibration, self.original[0])
+            yield from tuning.tune(to_tune, modules, place.source, self.tuned, place.listener.stage)
 
     def _use_quantized(self, block: Block, resumed: bool) -> None:
         """Put what was written, decoded, into the block; the same after a resume as in an undisturbed run."""

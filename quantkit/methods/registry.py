@@ -10,8 +10,9 @@ from quantkit.errors import RecipeError, did_you_mean
 from quantkit.methods.base import Rounding
 from quantkit.methods.gptq import GPTQ
 from quantkit.methods.rtn import RoundToNearest, SearchedScales
+from quantkit.methods.tuned import Tuned
 
-ROUNDINGS: dict[str, Callable[..., Rounding]] = {"rtn": RoundToNearest, "mse": SearchedScales, "gptq": GPTQ}
+ROUNDINGS: dict[str, Callable[..., Rounding]] = {"rtn": RoundToNearest, "mse": SearchedScales, "gptq": GPTQ, "tuned": Tuned}
 
 
 def get_rounding(name: str, settings: Mapping[str, Any] | None = None) -> Rounding:

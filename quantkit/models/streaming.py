@@ -53,6 +53,7 @@ class BlockRunner:
         self._num_returned = 0  # by a block: 0 is a tensor, n a tuple of n
         self._keeps_embedding = False
         self._mixes: dict[int | None, bool] = {}
+        architecture.model.requires_grad_(False)  # of weights; what is tuned in their place says so itself
         _move_buffers(architecture.model, self.device)
 
     def load(self, module_path: str, weights: Weights) -> None:
@@ -93,12 +94,14 @@ class BlockRunner:
         return hidden
 
     def block(self, index: int, hidden: Tensor, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Hidden states [B, T, H] after block `index`, whose weights must be loaded."""
+        """Hidden states [B, T, H] after block `index`, whose weights must be loaded; to be differentiated where gradients are enabled."""
+        has_gradients = torch.is_grad_enabled()
 
         def forward(at: int, passing: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if at != index:
                 return self._pass(passing)
-            output = original(hidden, *args, **kwargs)
+            with torch.set_grad_enabled(has_gradients):
+                output = original(hidden, *args, **kwargs)
             if self._num_returned > 1 and any(more is not None for more in output[1:]):
                 raise SourceError(f"{self._name} cannot be run block by block: block {index} passes on more than hidden states")
             return _answer(output[0] if isinstance(output, tuple | list) else output)
