@@ -101,7 +101,7 @@ def test_steps_reach_another_target_and_end_in_what_can_be_stored(spec: QuantSpe
         steps.take()
 
     left, before = ((each.dequantize() - target).square().sum() for each in (tuned.quantized(), q))
-    assert left < 0.5 * before
+    assert left < 0.6 * before
 
 
 def test_alone_it_rounds_as_gptq_does() -> None:
