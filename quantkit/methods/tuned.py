@@ -8,13 +8,16 @@ judged with scales and zero points as they will be stored. What a block is and w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.core.qtensor import QuantizedTensor, from_grid
-from quantkit.core.quantize import Grid, as_groups, stored_scale
+from quantkit.core.groups import as_groups, from_groups
+from quantkit.core.levels import code_of, level_of, nearest_level, top_level
+from quantkit.core.qtensor import LLM_INT8_STEP, QuantizedTensor
+from quantkit.core.quantize import Grid, from_grid
+from quantkit.core.scales import ScaleType
 from quantkit.core.scheme import QuantSpec
 from quantkit.errors import RecipeError
 from quantkit.methods.base import Statistics
@@ -65,6 +68,8 @@ class Tuned:
 class TunedWeight(nn.Module):
     """A quantized weight as a function of what is tuned: each weight's place among the codes, scales as shares of the first ones, zero points.
 
+    Scales that are stored through those of other groups, or as a row's largest magnitude, stay as they are.
+
     Args:
         weight: float32 [N, K], the original.
         start: where tuning begins; its values are the module's until something moves.
@@ -72,35 +77,67 @@ class TunedWeight(nn.Module):
 
     def __init__(self, weight: Tensor, start: QuantizedTensor) -> None:
         super().__init__()
-        self.spec, self._scale_dtype, self._shape = start.spec, start.scale.dtype, start.shape
-        self._first_scale = start.scale.float()[..., None]  # [N, G, 1]
-        zero = torch.full_like(self._first_scale, self.spec.mid_code) if start.zero is None else start.zero.float()[..., None]
-        codes = as_groups(start.codes.float(), self.spec)  # [N, G, g]
-        wanted = as_groups(weight, self.spec) / self._first_scale + zero
-        self.place = nn.Parameter(torch.clamp(wanted, codes - _WITHIN, codes + _WITHIN))
-        self.share = nn.Parameter(torch.ones_like(zero))
+        self.spec, self._start = start.spec, start
+        groups = as_groups(weight, self.spec)  # [R, G, g]
+        self._first_scale = start.scales.reshape(*groups.shape[:2], 1)
+        zero = torch.full_like(self._first_scale, _zero(self.spec)) if start.zero is None else start.zero.float()[..., None]
+        levels = as_groups(level_of(start.codes, self.spec, _zero(self.spec) if start.zero is None else start.expand(start.zero).float()), self.spec)
+        wanted = groups / (self._first_scale * self._unit)
+        if self.spec.kind == "int":
+            place = torch.clamp(wanted, levels - _WITHIN, levels + _WITHIN)
+        else:
+            place = torch.where(nearest_level(wanted, self.spec, 0.0) == levels, wanted, levels)
+        self.place = nn.Parameter(place + zero)
+        self.share = nn.Parameter(torch.ones_like(zero), requires_grad=self.spec.scale not in ("nested", "row maximum"))
         self.zero = nn.Parameter(zero, requires_grad=not self.spec.symmetric)
+
+    @property
+    def step(self) -> float:
+        """From one code to the next: 1 for integers, an average for grids whose steps differ."""
+        return 1.0 if self.spec.kind == "int" else 2 * top_level(self.spec) / self.spec.max_code
 
     def forward(self) -> Tensor:
         """The weight [N, K] as it would be stored, differentiable."""
-        codes, grid = self._stored()
-        return grid.values(codes).reshape(self._shape)
+        levels, grid = self._stored()
+        return from_groups(grid.values(levels) * self._unit, self.spec, self._start.shape)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
-        codes, grid = self._stored()
-        return from_grid(self.spec, codes.reshape(self._shape), grid, self._scale_dtype)
+        levels, grid = self._stored()
+        levels = from_groups(levels, self.spec, self._start.shape)
+        if not self.share.requires_grad:
+            return replace(self._start, codes=code_of(levels, self.spec, _zero(self.spec)))
+        return from_grid(self.spec, levels, grid, self._scale_type)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Bring back what left the range of codes."""
-        for value in (self.place, self.zero):
-            value.clamp_(-0.49, self.spec.max_code + 0.49)
+        low, high = (-0.49, self.spec.max_code + 0.49) if self.spec.kind == "int" else (-top_level(self.spec), top_level(self.spec))
+        self.place.clamp_(low, high)
+        self.zero.clamp_(low, high)
 
     def _stored(self) -> tuple[Tensor, Grid]:
-        scale = self._first_scale * self.share
-        grid = Grid(_through(scale, stored_scale(scale, self._scale_dtype)), _through(self.zero, torch.round(self.zero)))
-        return _through(self.place, torch.round(self.place)), grid
+        """Levels [R, G, g] and their grid."""
+        scale, zero = self._first_scale * self.share, _through(self.zero, torch.round(self.zero))
+        if self.share.requires_grad:
+            scale = _through(scale, self._scale_type.stored(scale))
+        level = self.place - zero
+        return _through(level, nearest_level(level, self.spec, zero)), Grid(scale, zero)
+
+    @property
+    def _scale_type(self) -> ScaleType:
+        if self._start.divisor is not None:
+            return ScaleType(self._start.scale.dtype, float(self._start.divisor))
+        return ScaleType(self._start.scale.dtype)
+
+    @property
+    def _unit(self) -> float:
+        return LLM_INT8_STEP if self.spec.scale == "row maximum" else 1.0
+
+
+def _zero(spec: QuantSpec) -> float:
+    """The code that means zero in a symmetric grid of integers; levels of floats are counted from zero."""
+    return float(spec.mid_code) if spec.kind == "int" else 0.0
 
 
 class _Through(torch.autograd.Function):
@@ -132,9 +169,10 @@ class TuningSteps:
 
     def __init__(self, weights: Iterable[TunedWeight], settings: Tuned) -> None:
         self._weights, self._settings, self._taken = list(weights), settings, 0
-        rates = {"place": settings.rate, "share": settings.scale_rate, "zero": settings.zero_rate}
-        groups = [{"params": [p for w in self._weights if (p := getattr(w, name)).requires_grad], "rate": rate} for name, rate in rates.items()]
-        self._adam = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.95), eps=1e-20)
+        groups = [{"params": [weight.place], "rate": settings.rate * weight.step} for weight in self._weights]
+        for name, rate in (("share", settings.scale_rate), ("zero", settings.zero_rate)):
+            groups += [{"params": [value], "rate": rate} for weight in self._weights if (value := getattr(weight, name)).requires_grad]
+        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-20)
 
     def take(self) -> None:
         """Move once along the gradients gathered since the last step."""

@@ -8,6 +8,7 @@ import torch
 
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import CHANNEL, QuantSpec
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import RecipeError
 from quantkit.methods.base import Statistics
 from quantkit.methods.gptq import GPTQ
@@ -24,6 +25,9 @@ SPECS = [
 ]
 
 
+OTHER_SPECS = [pytest.param(parse_scheme(name).weight, id=name) for name in ("nvfp4", "mxfp4", "fp8-dynamic", "fp8-tensor", "nf4", "nf4-dq", "int8")]
+
+
 def started(spec: QuantSpec, dtype: torch.dtype = torch.float16) -> tuple[TunedWeight, QuantizedTensor]:
     weight = weights(6, 96) + 0.02
     q = RoundToNearest()(weight, spec, dtype, None)
@@ -34,13 +38,13 @@ def shaken(tuned: TunedWeight, size: float = 0.4) -> TunedWeight:
     """Everything that is tuned moved at random."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for value, by in ((tuned.place, size), (tuned.share, 0.1), (tuned.zero, size if tuned.zero.requires_grad else 0)):
-            value.add_(by * torch.randn(value.shape, generator=generator))
+        for value, by in ((tuned.place, size), (tuned.share, 0.1), (tuned.zero, size)):
+            value.add_(value.requires_grad * by * torch.randn(value.shape, generator=generator))
     tuned.settle()
     return tuned
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + OTHER_SPECS)
 def test_tuning_begins_at_what_it_is_given_to_the_bit(spec: QuantSpec) -> None:
     tuned, q = started(spec)
 
@@ -49,13 +53,13 @@ def test_tuning_begins_at_what_it_is_given_to_the_bit(spec: QuantSpec) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + OTHER_SPECS)
 def test_what_is_judged_is_what_is_stored(spec: QuantSpec, dtype: torch.dtype) -> None:
     tuned = shaken(started(spec, dtype)[0], size=5.0)
     q = tuned.quantized()
 
     assert torch.equal(tuned(), q.dequantize())
-    assert q.scale.dtype == dtype and int(q.codes.max()) <= spec.max_code
+    assert (spec.kind != "int" or spec.scale != "float" or q.scale.dtype == dtype) and int(q.codes.max()) <= spec.max_code
     assert q.zero is None or (int(q.zero.min()) >= 0 and int(q.zero.max()) <= spec.max_code)
 
 
@@ -89,7 +93,7 @@ def test_error_is_relative_to_each_token_whatever_its_size() -> None:
     assert torch.isfinite(error_by_token(output, torch.zeros_like(wanted))).all()
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + OTHER_SPECS[:-1])
 def test_steps_reach_another_target_and_end_in_what_can_be_stored(spec: QuantSpec) -> None:
     tuned, q = started(spec)
     target = weights(6, 96, seed=9) * 0.5 + 0.5 * q.dequantize()
