@@ -1,7 +1,8 @@
 """The layers of one block tuned together, on the block's own error: what it makes of the quantized model's states against what the original
 block made of the original ones. The best of what was looked at on all calibration rows is kept, so tuning never ends worse than it started.
 
-In memory at once: the block, six float32 values a weight (places, their gradients, Adam's two means, values and what led to them), one batch.
+In memory at once: the block and the one behind it, six float32 values a weight (places, their gradients, Adam's two means, values and what led
+to them), and one batch.
 """
 
 from __future__ import annotations
@@ -56,17 +57,15 @@ class Rounded:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TunedBlock:
-    """One block and the states around it.
+    """One block, its original weights loaded, and the states around it.
 
     Attributes:
-        module: the block, with its original weights.
         entering: states that enter it in the quantized model.
         wanted: states that left it in the original model.
     """
 
     runner: BlockRunner
     index: int
-    module: nn.Module
     entering: HiddenStates
     wanted: HiddenStates
 
@@ -77,12 +76,13 @@ class TunedBlock:
         originals = {name: finite_weight(rounded.layer, source) for name, rounded in layers.items()}
         weights = {name: TunedWeight(originals[name].to(self.runner.device), rounded.q) for name, rounded in layers.items()}
         best = {name: rounded.q for name, rounded in layers.items()}
-        with _in_place({modules[name]: _Stored(weights[name], layers[name].layer.linear.is_transposed) for name in layers}):
-            least = first = self._error()
+        stored = {modules[name]: _Stored(weights[name], rounded.layer.linear.is_transposed) for name, rounded in layers.items()}
+        with self._following(source, settings), _in_place(stored):
+            least = first = self._error(settings)
             for step in self._steps(list(weights.values()), settings):
                 told(f"tuning block {self.index}: step {step} of {settings.steps}, error {least / first:.3f} of GPTQ's")
                 looks = step == settings.steps or step % max(1, settings.steps // _LOOKS) == 0
-                if looks and (error := self._error()) < least:
+                if looks and (error := self._error(settings)) < least:
                     least, best = error, {name: weight.quantized() for name, weight in weights.items()}
         for name, rounded in layers.items():
             yield rounded.remade(best[name], originals[name].to(self.runner.device))
@@ -97,7 +97,7 @@ class TunedBlock:
             while seen < tokens:
                 place = next(places)
                 with torch.enable_grad():
-                    (self._errors(place).sum() / tokens).backward()
+                    (self._errors(place, settings).sum() / tokens).backward()
                 seen += self.entering.rows.input_ids[place].numel()
             steps.take()
             yield step
@@ -107,18 +107,43 @@ class TunedBlock:
         while True:
             yield from (places[at] for at in torch.randperm(len(places), generator=generator).tolist())
 
-    def _error(self) -> float:
+    def _error(self, settings: Tuned) -> float:
         """Over all calibration rows, with the weights as they are now."""
         with torch.no_grad(), parametrize.cached():
-            return sum(float(self._errors(place).double().sum()) for place in self.entering.batches(self.runner, self.index))
+            return sum(float(self._errors(place, settings).double().sum()) for place in self.entering.batches(self.runner, self.index))
 
-    def _errors(self, place: Place) -> Tensor:
+    def _errors(self, place: Place, settings: Tuned) -> Tensor:
         """Of every token that is not padding."""
+        valid = self.entering.rows.valid[place]
+        output, wanted = self._through(self.index, self.entering.states[place], place), self.wanted.states[place].to(self.runner.device)
+        errors = error_by_token(output, wanted)
+        if self._looks_ahead(settings):
+            with torch.no_grad():
+                wanted = self._through(self.index + 1, wanted, place)
+            behind = error_by_token(self._through(self.index + 1, output, place), wanted)
+            errors = (1 - settings.ahead) * errors + settings.ahead * behind
+        return errors[valid.to(errors.device)]
+
+    def _through(self, index: int, states: Tensor, place: Place) -> Tensor:
         rows = self.entering.rows
-        valid = rows.valid[place]
-        with skipping_padding(self.module, valid):
-            output = self.runner.block(self.index, self.entering.states[place], rows.input_ids[place], rows.position_ids[place])
-        return error_by_token(output, self.wanted.states[place].to(output.device))[valid.to(output.device)]
+        with skipping_padding(self.runner.architecture.blocks[index].module, rows.valid[place]):
+            return self.runner.block(index, states, rows.input_ids[place], rows.position_ids[place])
+
+    def _looks_ahead(self, settings: Tuned) -> bool:
+        return settings.ahead > 0 and self.index + 1 < len(self.runner.architecture.blocks)
+
+    @contextmanager
+    def _following(self, source: Weights, settings: Tuned) -> Iterator[None]:
+        """The following block with its original weights, where it is looked at."""
+        if not self._looks_ahead(settings):
+            yield
+            return
+        path = self.runner.architecture.blocks[self.index + 1].path
+        self.runner.load(path, source)
+        try:
+            yield
+        finally:
+            self.runner.unload(path)
 
 
 class _Stored(nn.Module):

@@ -224,7 +224,7 @@ class CalibratedWork:
                 else:
                     yield name, q, result
         if self.tuned and to_tune:
-            tuning = TunedBlock(self.runner, index, block.module, self.calibration, self.original[0])
+            tuning = TunedBlock(self.runner, index, self.calibration, self.original[0])
             yield from tuning.tune(to_tune, modules, place.source, self.tuned, place.listener.stage)
 
     def _use_quantized(self, block: Block, resumed: bool) -> None:

@@ -38,6 +38,8 @@ class Tuned:
         rate: how far a weight moves among the codes in one step, in steps of the grid; falls to 0 over the steps.
         scale_rate: how far a scale moves in one step, as a share of itself.
         zero_rate: how far a zero point moves in one step, in codes, where the grid has any.
+        ahead: the share of the error that is taken behind the following block, run with its original weights, as what it makes of an error is
+            what counts; 0 halves the time.
         seed: of the order in which calibration rows are looked at.
     """
 
@@ -46,6 +48,7 @@ class Tuned:
     rate: float = 0.015
     scale_rate: float = 0.003
     zero_rate: float = 0.01
+    ahead: float = 0.5
     seed: int = 0
     needs_calibration = True
 
@@ -54,7 +57,7 @@ class Tuned:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise RecipeError(f"{name} is {value!r}; give a whole number from 1 on, such as {getattr(Tuned, name, 200)}")
-        for name in ("rate", "scale_rate", "zero_rate"):
+        for name in ("rate", "scale_rate", "zero_rate", "ahead"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
                 raise RecipeError(f"{name} is {value!r}; give a number from 0 to 1, such as 0.01")
