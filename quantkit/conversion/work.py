@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.allocator import give_back
 from quantkit.checkpoint.ledger import Ledger
@@ -24,9 +24,11 @@ from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import round_together
 from quantkit.conversion.statistics import HessianCollector
 from quantkit.conversion.transforms import Transformed, transform_block
+from quantkit.conversion.tuning import Rounded, TunedBlock, tuning_of
 from quantkit.core.divergence import Divergence, DivergenceResult
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import SourceError
+from quantkit.methods.tuned import Tuned
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows, logit_places
@@ -170,6 +172,8 @@ class CalibratedWork:
         self.place, self.runner, self.held_out = place, runner, held_out
         width = runner.architecture.config.get_text_config().hidden_size
         self.calibration = HiddenStates(rows, width, runner.dtype, folder, "calibration")
+        self.tuned = tuning_of(place.plan)
+        self.original = [HiddenStates(rows, width, runner.dtype, folder, "calibration.original")] if self.tuned else []
         self.measured = [HiddenStates(held_out, width, runner.dtype, folder, name) for name in ("original", "quantized")] if held_out else []
         self.schemes = {name: layer.scheme for name, layer in place.plan.layers.items()}
 
@@ -179,8 +183,8 @@ class CalibratedWork:
         for index, block in enumerate(self.runner.architecture.blocks):
             done = self.place.finished(block.path)
             self.runner.load(block.path, self.place.source)
-            if self.measured:
-                self.measured[0].advance(self.runner, index)
+            for states in self.original + self.measured[:1]:
+                states.advance(self.runner, index)
             results = done if done is not None else self._quantize(index, block)
             self._use_quantized(block, done is not None)
             self._advance(index, block)
@@ -194,7 +198,7 @@ class CalibratedWork:
     def _embed(self) -> None:
         self.place.listener.stage("embedding")
         self.runner.load_outside(self.place.source)
-        for states in (self.calibration, *self.measured):
+        for states in (self.calibration, *self.original, *self.measured):
             states.embed(self.runner)
         rows = self.calibration.rows
         self.runner.settle(self.calibration.states, rows.input_ids, rows.position_ids)
@@ -212,16 +216,29 @@ class CalibratedWork:
         place = self.place
         done = Transformed(place.source, collector.shared()) if moved is None else self._transform(index, block, collector)
         results, names = [], []
-        for group, statistics in done.groups:
-            for name, q, result in round_together(group, place.plan, done.weights, statistics, place.model_dtype, place.device):
-                result.transform = done.words.get(name)
-                names += place.write(name, q)
-                results.append(result)
-                place.listener.layer(result)
+        for name, q, result in self._rounded(index, done, modules):
+            result.transform = done.words.get(name)
+            names += place.write(name, q)
+            results.append(result)
+            place.listener.layer(result)
         for name in moved or ():
             place.keep(name, done.weights)
         place.finish(block.path, results, names + (moved or []))
         return results
+
+    def _rounded(
+        self, index: int, done: Transformed, modules: dict[str, nn.Module]
+    ) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
+        place, to_tune = self.place, {}
+        for group, statistics in done.groups:
+            for name, q, result in round_together(group, place.plan, done.weights, statistics, place.model_dtype, place.device):
+                if statistics is not None and result.rounding == Tuned.__name__:
+                    to_tune[name] = Rounded(place.plan.layers[name], q, result, statistics)
+                else:
+                    yield name, q, result
+        if self.tuned and to_tune:
+            tuning = TunedBlock(self.runner, index, self.calibration, self.original[0])
+            yield from tuning.tune(to_tune, modules, done.weights, self.tuned, place.listener.stage)
 
     def _transform(self, index: int, block: Block, collector: HessianCollector) -> Transformed:
         few = slice(0, 1), slice(0, _PROBED_TOKENS)

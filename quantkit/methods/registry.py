@@ -12,8 +12,9 @@ from quantkit.methods.base import Rounding, Transform
 from quantkit.methods.gptq import GPTQ
 from quantkit.methods.rtn import RoundToNearest, SearchedScales
 from quantkit.methods.smoothquant import SmoothQuant
+from quantkit.methods.tuned import Tuned
 
-ROUNDINGS: dict[str, Callable[..., Rounding]] = {"rtn": RoundToNearest, "mse": SearchedScales, "gptq": GPTQ}
+ROUNDINGS: dict[str, Callable[..., Rounding]] = {"rtn": RoundToNearest, "mse": SearchedScales, "gptq": GPTQ, "tuned": Tuned}
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"awq": AWQ, "smoothquant": SmoothQuant}
 
 

@@ -54,6 +54,7 @@ class BlockRunner:
         self._keeps_embedding = False
         self._mixes: dict[int | None, bool] = {}
         self._differentiates = False
+        architecture.model.requires_grad_(False)  # of weights; what is tuned in their place says so itself
         _move_buffers(architecture.model, self.device)
 
     def load(self, module_path: str, weights: Weights) -> None:

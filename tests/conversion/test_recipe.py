@@ -159,5 +159,5 @@ def test_a_recipe_file_that_is_no_text(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match=r"mine.yaml cannot be read.*UTF-8"):
         Recipe.load(str(tmp_path / "mine.yaml"))
-    with pytest.raises(UsageError, match=r"no recipe file .*none.yaml; give a YAML file, or one of w2a16-gptq"):
+    with pytest.raises(UsageError, match=r"no recipe file .*none.yaml; give a YAML file, or one of fp4, fp8-block"):
         Recipe.load(str(tmp_path / "none.yaml"))
