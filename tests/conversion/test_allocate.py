@@ -220,7 +220,7 @@ def test_a_recipe_without_calibration_is_measured_all_the_same(stories: Path, tm
         ({"max_kl": 0.1, "measure": False}, "no-measure"),
         ({"max_kl": 0.1, "recipe": "w4a16-mse"}, "take a calibrated one"),
         ({"allocation": "there.json"}, "no budget"),
-        ({"target_bpw": 4.0, "recipe": "w8a8-gptq"}, "name candidates"),
+        ({"target_bpw": 4.0, "recipe": "w8a8-int8"}, "name candidates"),
         ({"target_bpw": 4.0, "overrides": (".*=w4a16",)}, "nothing to allocate"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
