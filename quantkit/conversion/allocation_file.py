@@ -17,7 +17,8 @@ from quantkit.checkpoint.output import partial_folder
 from quantkit.errors import UsageError
 
 ALLOCATION_FILE, PICTURE_FILE = "quantkit_allocation.json", "quantkit_allocation.png"
-USUAL_FACTOR = 1.5
+USUAL_FACTOR = 1.3
+"""Measured over predicted on two models, three calibration draws and four sizes each: 1.11 to 1.39."""
 CAUTION = 1.02
 _KIND, _VERSION = "quantkit allocation", 1
 

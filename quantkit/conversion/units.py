@@ -13,7 +13,7 @@ from quantkit.conversion.budget import family
 from quantkit.conversion.plan import LayerPlan, Plan, fit, with_scheme
 from quantkit.conversion.recipe import Recipe, Rule
 from quantkit.core.scheme_names import parse_scheme
-from quantkit.errors import RecipeError
+from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.base import Format, plan_shapes
 from quantkit.formats.fusion import fused_groups
 from quantkit.formats.registry import get_format
@@ -45,11 +45,14 @@ def find_units(plan: Plan, recipe: Recipe, format_name: str, model_dtype: torch.
     """The units of a plan that have a choice, and why some candidates are none in this container.
 
     Raises:
+        FormatError: the container holds one scheme only.
         RecipeError: a layer is left without a candidate, or no layer has two.
     """
     assert recipe.allocate is not None
     named = [*(recipe.allocate.candidates or ()), *(name for rule in recipe.rules for name in (rule.scheme, *(rule.candidates or ())))]
     fmt = get_format(format_name, map(parse_scheme, named))
+    if not fmt.holds_mixed:
+        raise FormatError(f"{fmt.name} holds one scheme for all layers, so there is nothing to allocate; use compressed-tensors or gptq")
     dropped: dict[str, None] = {}
     found: dict[str, dict[str, Option]] = {}
     for name, layer in plan.layers.items():

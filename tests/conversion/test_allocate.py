@@ -15,7 +15,7 @@ from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.prepare import plan_conversion
 from quantkit.conversion.report import ConversionReport
 from quantkit.conversion.verify import VerifyOptions, verify
-from quantkit.errors import Interrupted, RecipeError, UsageError
+from quantkit.errors import FormatError, Interrupted, RecipeError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from tests.conversion.conftest import contents, save_tiny
 from tests.conversion.test_verify import failed
@@ -230,6 +230,11 @@ def test_what_cannot_be_is_refused_before_any_work(settings: dict, message: str,
         convert(str(stories), tmp_path / "out", options(**settings))
 
     assert not list(tmp_path.iterdir())
+
+
+def test_a_container_of_one_scheme_is_refused(tiny: Path, options: Options) -> None:
+    with pytest.raises(FormatError, match="one scheme for all layers, so there is nothing to allocate; use compressed-tensors"):
+        plan_conversion(str(tiny), options("w4a16-asym-gptq", target_bpw=4.5, format="awq"))
 
 
 def test_the_nearest_that_is_named_works(stories: Path, options: Options) -> None:
