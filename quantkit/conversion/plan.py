@@ -195,7 +195,8 @@ def _decide(
         else:
             chosen_rule = with_scheme(rule, allocated[linear.name]) if linear.name in allocated else rule
             layer = fit(linear, chosen_rule, recipe, common_group=common_group)
-            why = fmt.why_not(layer.scheme, linear.shape) if layer.note and layer.scheme.is_quantized else None
+            fell = layer.note is not None and layer.scheme.is_quantized and holds(fmt, parse_scheme(rule.scheme))
+            why = fmt.why_not(layer.scheme, linear.shape) if fell else None
             if layer.scheme.is_quantized and why is None:
                 layers[linear.name] = layer
             else:
@@ -281,6 +282,13 @@ def _leave_all_but_one_scheme(layers: dict[str, LayerPlan], left_alone: dict[str
     main = asked[0] if asked else Counter(layer.scheme.name for layer in layers.values()).most_common(1)[0][0] if layers else None
     for name in [name for name, layer in layers.items() if layer.scheme.name != main]:
         left_alone[name] = f"{layers.pop(name).note}, and {fmt.name} holds one scheme a model"
+
+
+def holds(fmt: Format, scheme: Scheme) -> bool:
+    """Whether a container takes the scheme where its groups and blocks divide the weight."""
+    group = scheme.weight.group if scheme.weight is not None else None
+    size = max(group) if isinstance(group, tuple) else max(group or 1, 1)
+    return scheme.weight is None or fmt.why_not(scheme, (1024 * size, 1024 * size)) is None
 
 
 def with_scheme(rule: Rule, scheme: str) -> Rule:

@@ -21,11 +21,13 @@ import quantkit
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.convert import Silent, convert, run
 from quantkit.conversion.options import ConvertOptions
+from quantkit.conversion.plan import holds
 from quantkit.conversion.prepare import plan_conversion
 from quantkit.conversion.recipe import Recipe, list_recipes
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.token_file import load_token_file
-from quantkit.errors import FormatError, UsageError
+from quantkit.core.scheme_names import parse_scheme
+from quantkit.errors import UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import FORMATS
 from quantkit.models.activations import fake_quantize_inputs
@@ -33,7 +35,6 @@ from tests.conversion.conftest import contents, edit_tensors, save_tiny
 from tests.models.test_streaming import save_random
 
 Options = Callable[..., ConvertOptions]
-RECIPES = [recipe.name for recipe in list_recipes()]
 needs_compressed_tensors = pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="the package compressed-tensors is not installed")
 
 
@@ -57,16 +58,22 @@ def logits(model: torch.nn.Module, vocabulary: int = 96) -> Tensor:
         return model(ids, use_cache=False).logits.float()
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("recipe", RECIPES)
+def is_held(recipe: Recipe, format_name: str) -> bool:
+    """Whether a container takes what the recipe asks for, and the test's model has a layer for it: 128 divides none of its dimensions."""
+    fmt, schemes = FORMATS[format_name], {rule.scheme for rule in recipe.rules}
+    takes_all = all(holds(fmt, parse_scheme(scheme)) for scheme in schemes)
+    is_one = len(schemes) == 1 and recipe.allocate is None
+    return takes_all and (fmt.holds_mixed or is_one) and (format_name, recipe.name) != ("fp8", "fp8-block")
+
+
+HELD = [(recipe.name, name) for recipe in list_recipes() for name in FORMATS if is_held(recipe, name)]
+
+
+@pytest.mark.parametrize(("recipe", "format_name"), HELD)
 def test_every_recipe_fills_every_container_that_holds_it(recipe: str, format_name: str, stories: Path, tmp_path: Path, options: Options) -> None:
     allocates = Recipe.load(recipe).allocate is not None
     wanted = options(recipe, format=format_name, target_bpw=6.0 if allocates else None)
-    try:
-        plan = plan_conversion(str(stories), wanted).plan
-    except FormatError as error:
-        assert "use compressed-tensors" in str(error)
-        pytest.skip(f"{format_name} does not hold {recipe}")
+    plan = plan_conversion(str(stories), wanted).plan
 
     report = convert(str(stories), tmp_path / "out", wanted)
 
@@ -74,9 +81,9 @@ def test_every_recipe_fills_every_container_that_holds_it(recipe: str, format_na
     assert {name: scheme.name for name, scheme in opened.schemes.items()} == {layer.name: layer.scheme for layer in report.layers}
     assert {layer.name for layer in report.layers} == set(plan.layers)
     assert allocates or all(layer.scheme == plan.layers[layer.name].scheme.name for layer in report.layers)
-    bits = int(recipe[1])
+    bits = min(plan.layers[name].scheme.weight.bits for name in plan.layers)
     original, ours = logits(decoded(stories)), logits(decoded(tmp_path / "out"))
-    assert (ours - original).std() / original.std() < {2: 0.6, 3: 0.3, 4: 0.15, 8: 0.02}[bits]
+    assert (ours - original).std() / original.std() < {2: 0.6, 3: 0.3, 4: 0.3, 5: 0.15, 6: 0.15, 8: 0.06}[bits]
     assert (report.divergence is not None) == plan.needs_calibration
 
 
