@@ -168,9 +168,9 @@ def test_a_quantized_source_says_what_it_is_and_how_to_go_on(tiny: Path, tmp_pat
 
 
 def test_a_quantized_source_of_an_unread_kind(tiny: Path, refused: Refused) -> None:
-    edit_config(tiny, quantization_config={"quant_method": "awq", "bits": 4})
+    edit_config(tiny, quantization_config={"quant_method": "quark", "bits": 4})
 
-    assert "'awq' is not read yet" in refused(tiny, FormatError)
+    assert "'quark' is not read yet" in refused(tiny, FormatError)
 
 
 # What is asked
