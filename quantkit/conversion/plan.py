@@ -195,12 +195,12 @@ def _decide(
         else:
             chosen_rule = with_scheme(rule, allocated[linear.name]) if linear.name in allocated else rule
             layer = fit(linear, chosen_rule, recipe, common_group=common_group)
-            fell = layer.note is not None and layer.scheme.is_quantized and holds(fmt, parse_scheme(rule.scheme))
-            why = fmt.why_not(layer.scheme, linear.shape) if fell else None
+            may_stay = layer.scheme.is_quantized and not rule.strict and holds(fmt, parse_scheme(rule.scheme))
+            why = fmt.why_not(layer.scheme, linear.shape) if may_stay else None
             if layer.scheme.is_quantized and why is None:
                 layers[linear.name] = layer
             else:
-                left_alone[linear.name] = str(layer.note) if why is None else f"{layer.note}, and {why}"
+                left_alone[linear.name] = ", and ".join(words for words in (layer.note, why) if words)
     if not fmt.holds_mixed:
         _leave_all_but_one_scheme(layers, left_alone, fmt)
     if not layers:
