@@ -174,7 +174,8 @@ def test_what_cannot_end_well_is_said_before_anything_is_measured(
     for kind in ("text", "tasks", "speed"):
         monkeypatch.setattr(build, f"measure_{kind}", lambda *_, **__: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
-    undecoded = next(each for each in sorted(peers.iterdir()) if "awq" in each.name and "gptq" not in each.name and not each.name.startswith("ct"))
+    undecoded = Path(shutil.copytree(peers / "awq_gemm_autoawq", tmp_path / "undecoded"))
+    (undecoded / "config.json").write_text((undecoded / "config.json").read_text().replace('"awq"', '"quark"'))
 
     arguments = ("--baseline", "reference", *FAST)
     assert "cannot be written" in run(capsys, "report", str(checkpoints[0]), *arguments, "-o", str(tmp_path / "file" / "x"))[2]
