@@ -1,8 +1,8 @@
 """The layers of one block tuned together, on the block's own error: what it makes of the quantized model's states against what the original
 block made of the original ones. The best of what was looked at on all calibration rows is kept, so tuning never ends worse than it started.
 
-In memory at once: the block and the one behind it, six float32 values a weight (places, their gradients, Adam's two means, values and what led
-to them), and one batch.
+In memory at once: the block and the one behind it (or the head), six float32 values a weight (places, their gradients, Adam's two means,
+values and what led to them), and one batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from quantkit.conversion.hidden_states import HiddenStates
 from quantkit.conversion.plan import LayerPlan, Plan
@@ -22,7 +23,8 @@ from quantkit.conversion.rounding import finite_weight, relative_error
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import RecipeError
 from quantkit.methods.base import Statistics
-from quantkit.methods.tuned import Tuned, TunedWeight, TuningSteps, error_by_token
+from quantkit.methods.tuned import Tuned, TunedWeight, TuningSteps, error_by_token, kl_by_token
+from quantkit.models.compare import logit_places
 from quantkit.models.experts import skipping_padding
 from quantkit.models.streaming import BlockRunner, Place, Weights
 
@@ -97,7 +99,7 @@ class TunedBlock:
             while seen < tokens:
                 place = next(places)
                 with torch.enable_grad(), self.runner.differentiating():
-                    (self._errors(place, settings).sum() / tokens).backward()
+                    (self._error_of(place, settings) / tokens).backward()
                 seen += self.entering.rows.input_ids[place].numel()
             steps.take()
             yield step
@@ -110,39 +112,61 @@ class TunedBlock:
     def _error(self, settings: Tuned) -> float:
         """Over all calibration rows, with the weights as they are now."""
         with torch.no_grad(), parametrize.cached():
-            return sum(float(self._errors(place, settings).double().sum()) for place in self.entering.batches(self.runner, self.index))
+            return sum(float(self._error_of(place, settings)) for place in self.entering.batches(self.runner, self.index))
 
-    def _errors(self, place: Place, settings: Tuned) -> Tensor:
-        """Of every token that is not padding."""
-        valid = self.entering.rows.valid[place]
+    def _error_of(self, place: Place, settings: Tuned) -> Tensor:
+        """Summed over tokens that are not padding: the block's own, and what follows makes of it."""
         output, wanted = self._through(self.index, self.entering.states[place], place), self.wanted.states[place].to(self.runner.device)
-        errors = error_by_token(output, wanted)
-        if self._looks_ahead(settings):
+        own = self._sum(error_by_token(output, wanted), place)
+        if not settings.ahead:
+            return own
+        if self._is_last:
+            behind = self._divergence(output, wanted, place)
+        else:
             with torch.no_grad():
                 wanted = self._through(self.index + 1, wanted, place)
-            behind = error_by_token(self._through(self.index + 1, output, place), wanted)
-            errors = (1 - settings.ahead) * errors + settings.ahead * behind
-        return errors[valid.to(errors.device)]
+            behind = self._sum(error_by_token(self._through(self.index + 1, output, place), wanted), place)
+        return (1 - settings.ahead) * own + settings.ahead * behind
+
+    def _divergence(self, output: Tensor, wanted: Tensor, place: Place) -> Tensor:
+        """KL of the next-token distributions, a few tokens at a time: their logits are made again for the gradient instead of kept."""
+        rows = self.entering.rows
+        ids, positions, valid = (each[place] for each in (rows.input_ids, rows.position_ids, rows.valid))
+
+        def divergence(states: Tensor, at: Place) -> Tensor:
+            with torch.no_grad():
+                original = self.runner.logits(wanted[at], ids[at], positions[at])
+            by_token = kl_by_token(original, self.runner.logits(states, ids[at], positions[at]))
+            return by_token[valid[at].to(by_token.device)].sum()
+
+        vocabulary = int(self.runner.architecture.config.get_text_config().vocab_size)
+        return sum(checkpoint(divergence, output[at], at, use_reentrant=False) for at in logit_places(ids.shape, vocabulary))
+
+    def _sum(self, errors: Tensor, place: Place) -> Tensor:
+        return errors[self.entering.rows.valid[place].to(errors.device)].sum()
 
     def _through(self, index: int, states: Tensor, place: Place) -> Tensor:
         rows = self.entering.rows
         with skipping_padding(self.runner.architecture.blocks[index].module, rows.valid[place]):
             return self.runner.block(index, states, rows.input_ids[place], rows.position_ids[place])
 
-    def _looks_ahead(self, settings: Tuned) -> bool:
-        return settings.ahead > 0 and self.index + 1 < len(self.runner.architecture.blocks)
+    @property
+    def _is_last(self) -> bool:
+        return self.index + 1 == len(self.runner.architecture.blocks)
 
     @contextmanager
     def _following(self, source: Weights, settings: Tuned) -> Iterator[None]:
-        """The following block with its original weights, where it is looked at."""
-        if not self._looks_ahead(settings):
+        """What follows the block with its original weights, where that is looked at."""
+        if not settings.ahead:
             yield
-            return
-        path = self.runner.architecture.blocks[self.index + 1].path
-        self.runner.load(path, source)
-        try:
+        elif self._is_last:
+            self.runner.load_outside(source)
             yield
-        finally:
+            self.runner.unload_outside()
+        else:
+            path = self.runner.architecture.blocks[self.index + 1].path
+            self.runner.load(path, source)
+            yield
             self.runner.unload(path)
 
 

@@ -226,9 +226,7 @@ class CalibratedWork:
         place.finish(block.path, results, names + (moved or []))
         return results
 
-    def _rounded(
-        self, index: int, done: Transformed, modules: dict[str, nn.Module]
-    ) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
+    def _rounded(self, index: int, done: Transformed, modules: dict[str, nn.Module]) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
         place, to_tune = self.place, {}
         for group, statistics in done.groups:
             for name, q, result in round_together(group, place.plan, done.weights, statistics, place.model_dtype, place.device):
@@ -237,6 +235,7 @@ class CalibratedWork:
                 else:
                     yield name, q, result
         if self.tuned and to_tune:
+            self.runner.load(self.runner.architecture.blocks[index].path, done.weights)  # with its norms as transforms left them
             tuning = TunedBlock(self.runner, index, self.calibration, self.original[0])
             yield from tuning.tune(to_tune, modules, done.weights, self.tuned, place.listener.stage)
 

@@ -38,15 +38,15 @@ class Tuned:
         rate: how far a weight moves among the codes in one step, in steps of the grid; falls to 0 over the steps.
         scale_rate: how far a scale moves in one step, as a share of itself.
         zero_rate: how far a zero point moves in one step, in codes, where the grid has any.
-        ahead: the share of the error that is taken behind the following block, run with its original weights, as what it makes of an error is
-            what counts; 0 halves the time.
+        ahead: the share of the error that is taken behind the following block, run with its original weights, or as KL behind the head after
+            the last one: what is made of an error is what counts. 0 halves the time.
         seed: of the order in which calibration rows are looked at.
     """
 
     steps: int = 200
     tokens: int = 4096
-    rate: float = 0.015
-    scale_rate: float = 0.003
+    rate: float = 0.01
+    scale_rate: float = 0.001
     zero_rate: float = 0.01
     ahead: float = 0.5
     seed: int = 0
@@ -165,6 +165,12 @@ def error_by_token(output: Tensor, wanted: Tensor) -> Tensor:
     """
     wanted = wanted.float()
     return (output.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-20)
+
+
+def kl_by_token(original: Tensor, quantized: Tensor) -> Tensor:
+    """KL(original || quantized) in nats of each token, float32 [...] for logits [..., V]."""
+    log_p, log_q = original.log_softmax(-1), quantized.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class TuningSteps:

@@ -56,9 +56,9 @@ def block_errors(source: Path, out: Path, tokens: Tensor) -> list[float]:
 @pytest.mark.parametrize("scheme", ["w2a16-g32", "w3a16-asym-g32", "w4a16-channel"])
 def test_blocks_end_nearer_to_the_original_than_by_gptq(scheme: str, stories: Path, tokens: Path, tmp_path: Path, options: Options) -> None:
     ids = load_file(tokens)["input_ids"][:4]
-    own = recipe(tmp_path, scheme, "steps: 30, tokens: 256")
+    own = recipe(tmp_path, scheme, "steps: 30, tokens: 256, rate: 0.015, scale_rate: 0.003")
     untuned = Path(own).with_name("gptq.yaml")
-    untuned.write_text(Path(own).read_text().replace("{name: tuned, steps: 30, tokens: 256}", "gptq"))
+    untuned.write_text(Path(own).read_text().replace("{name: tuned, steps: 30, tokens: 256, rate: 0.015, scale_rate: 0.003}", "gptq"))
 
     convert(str(stories), tmp_path / "tuned", options(own, measure=False))
     convert(str(stories), tmp_path / "gptq", options(str(untuned), measure=False))
@@ -157,3 +157,34 @@ def test_the_original_states_count_as_space_that_is_needed(stories: Path, tmp_pa
     convert(str(stories), tmp_path / "out", options(recipe(tmp_path, "w3a16-g32")))
 
     assert needed[-1] - needed[0] == (4 + 4 + 1 + 1) * 64 * AutoConfig.from_pretrained(stories).hidden_size * 4
+
+
+def test_what_a_transform_moved_is_in_the_block_while_it_is_tuned(stories: Path, tokens: Path, tmp_path: Path, options: Options) -> None:
+    ids = load_file(tokens)["input_ids"][:4]
+    tuned, plain = tmp_path / "tuned.yaml", tmp_path / "plain.yaml"
+    for path, rounding in ((tuned, "{name: tuned, steps: 30, tokens: 256, rate: 0.015, scale_rate: 0.003}"), (plain, "gptq")):
+        path.write_text(f"name: own\nrules:\n  - pattern: .*\n    scheme: w3a16-g32\n    rounding: {rounding}\n    transforms: [awq]\n")
+        convert(str(stories), tmp_path / path.stem, options(str(path), measure=False))
+
+    errors = [block_errors(stories, tmp_path / name, ids) for name in ("tuned", "plain")]
+    assert errors[0][0] < 0.9 * errors[1][0] and sum(errors[0]) < 0.9 * sum(errors[1])
+
+
+def test_the_last_block_ends_nearer_in_what_the_head_says(stories: Path, tokens: Path, tmp_path: Path, options: Options) -> None:
+    ids = load_file(tokens)["input_ids"][:4]
+    others = "  - pattern: layers\\.[0-3]\\.\n    scheme: none\n"
+    path = recipe(tmp_path, "w2a16-g32", "steps: 30, tokens: 256, rate: 0.015, scale_rate: 0.003", more=others)
+    plain = tmp_path / "gptq.yaml"
+    plain.write_text(Path(path).read_text().replace("{name: tuned, steps: 30, tokens: 256, rate: 0.015, scale_rate: 0.003}", "gptq"))
+
+    found = []
+    for name, own in (("tuned", path), ("plain", str(plain))):
+        convert(str(stories), tmp_path / name, options(own, measure=False))
+        original, quantized = (AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32) for _ in range(2))
+        opened = OpenedCheckpoint(tmp_path / name)
+        quantized.load_state_dict({key: opened.get(key).float() for key in quantized.state_dict() if key in opened}, strict=False)
+        with torch.no_grad():
+            p, q = (model(ids).logits.double().log_softmax(-1) for model in (original, quantized))
+        found.append(float((p.exp() * (p - q)).sum(-1).mean()))
+
+    assert found[0] < 0.9 * found[1]

@@ -14,7 +14,7 @@ from quantkit.methods.base import Statistics
 from quantkit.methods.gptq import GPTQ
 from quantkit.methods.registry import get_rounding
 from quantkit.methods.rtn import RoundToNearest
-from quantkit.methods.tuned import Tuned, TunedWeight, TuningSteps, error_by_token
+from quantkit.methods.tuned import Tuned, TunedWeight, TuningSteps, error_by_token, kl_by_token
 from tests.methods.test_gptq import correlated, weights
 
 SPECS = [
@@ -91,6 +91,13 @@ def test_error_is_relative_to_each_token_whatever_its_size() -> None:
     expected = ((output - wanted).double().numpy() ** 2).sum(-1) / (wanted.double().numpy() ** 2).sum(-1)
     np.testing.assert_allclose(error_by_token(output, wanted).numpy(), expected, rtol=1e-4)
     assert torch.isfinite(error_by_token(output, torch.zeros_like(wanted))).all()
+
+
+def test_divergence_is_that_of_the_two_distributions() -> None:
+    original, quantized = torch.randn(2, 5, 11) * 3, torch.randn(2, 5, 11) * 3
+
+    p, q = (np.exp(each.double().numpy()) / np.exp(each.double().numpy()).sum(-1, keepdims=True) for each in (original, quantized))
+    np.testing.assert_allclose(kl_by_token(original, quantized).numpy(), (p * np.log(p / q)).sum(-1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS + OTHER_SPECS[:-1])
