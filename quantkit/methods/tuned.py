@@ -43,7 +43,7 @@ class Tuned:
         seed: of the order in which calibration rows are looked at.
     """
 
-    steps: int = 200
+    steps: int = 100
     tokens: int = 4096
     rate: float = 0.01
     scale_rate: float = 0.001

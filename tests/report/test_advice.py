@@ -94,7 +94,7 @@ def test_a_token_reads_the_experts_it_is_routed_to_and_one_row_of_an_embedding_o
 
 
 NOT_YET = {
-    "fp8-block", "mxfp4", "nvfp4", "w2a16-tuned", "w3a16-tuned", "w4a16-awq", "w4a16-awq-gptq", "w4a16-hqq", "w4a16-mixed", "w4a16-mixed-moe",
+    "fp8-block", "mxfp4", "nvfp4", "w2a16-tuned", "w3a16-tuned", "w4a16-awq", "w4a16-awq-gptq", "w4a16-mixed", "w4a16-mixed-moe",
     "w4a16-tuned", "w4a8", "w8a8-smoothquant-gptq",
 }
 """Recipes that `recommend` does not name, as their loss is not committed yet."""
