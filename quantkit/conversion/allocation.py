@@ -22,6 +22,7 @@ from quantkit.errors import RecipeError, UsageError
 Losses = Mapping[str, Mapping[str, float]]
 """Nats a token, by layer and scheme."""
 
+
 @dataclass(frozen=True, slots=True)
 class Solution:
     """What was chosen.

@@ -23,12 +23,14 @@ MIN_TOKENS = 32
 def round_together(
     names: list[str], plan: Plan, weights: Weights, statistics: Statistics | None, model_dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
-    """Quantize linears that read one input; those with one scheme and rounding are rounded as one tall matrix."""
+    """Quantize linears that read one input; those with one scheme and rounding are rounded as one tall matrix, if rows can be taken apart again."""
     if statistics is not None and statistics.num_tokens < MIN_TOKENS:
         statistics = None
-    kinds: dict[tuple[str, Rounding], list[str]] = {}
+    kinds: dict[tuple[str, Rounding, str], list[str]] = {}
     for name in names:
-        kinds.setdefault((plan.layers[name].scheme.name, plan.layers[name].rounding), []).append(name)
+        layer = plan.layers[name]
+        alone = name if layer.scheme.weight is not None and layer.scheme.weight.is_flat else ""
+        kinds.setdefault((layer.scheme.name, layer.rounding, alone), []).append(name)
     for alike in kinds.values():
         yield from _round_alike([plan.layers[name] for name in alike], plan, weights, statistics, model_dtype, device)
 

@@ -160,8 +160,9 @@ def _round_block(place: Workplace, block: Block) -> list[LayerResult]:
 
 
 class CalibratedWork:
-    """Two streams of hidden states through the blocks: the calibration rows (with the quantized model's own errors in them), and held-out rows
-    twice, through the original and through the quantized blocks, which the head at the end turns into perplexity and KL.
+    """Streams of hidden states through the blocks: the calibration rows (with the quantized model's own errors in them; where layers are tuned,
+    the original model's too), and held-out rows twice, through the original and through the quantized blocks, which the head at the end turns
+    into perplexity and KL.
 
     Args:
         held_out: rows to measure on, None to measure nothing.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantkit.core.levels import E4M3_TOP, to_e4m3
 from quantkit.core.scheme import CHANNEL, ActivationSpec
-
-_FLOAT_TOP = 448.0
 
 
 def quantize_activations(x: Tensor, spec: ActivationSpec, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -26,7 +25,7 @@ def quantize_activations(x: Tensor, spec: ActivationSpec, static_scale: Tensor |
         scale = _range(x, spec) / top_of(spec)
         scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if spec.kind == "e4m3":
-        return (x / scale).clamp(-_FLOAT_TOP, _FLOAT_TOP).to(torch.float8_e4m3fn).to(x.dtype), scale
+        return to_e4m3(x / scale).to(x.dtype), scale
     levels = 1 << spec.bits
     return torch.clamp(torch.round(x / scale), -levels // 2, levels // 2 - 1), scale
 
@@ -48,7 +47,7 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, static_scale: Tensor | None =
 def top_of(spec: ActivationSpec) -> float:
     """What the largest magnitude becomes: 448 of the 8-bit floats, between the two largest codes of integers, or 127 in LLM.int8."""
     if spec.kind == "e4m3":
-        return _FLOAT_TOP
+        return E4M3_TOP
     levels = 1 << spec.bits
     return (levels - 1) / 2 if spec.outliers is None else levels / 2 - 1
 

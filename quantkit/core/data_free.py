@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.qtensor import QuantizedTensor, empty
 from quantkit.core.quantize import rounded
 from quantkit.core.scheme import CHANNEL, QuantSpec
 
@@ -20,7 +20,7 @@ def quantize(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, searc
     if spec.spans_rows or spec.shares_range:
         return rounded(weight.float(), spec, scale_dtype, search=search)
     parts = (rounded(rows.float(), spec, scale_dtype, search=search) for rows in weight.split(_rows_at_once(weight.shape[1])))
-    return _joined(parts, _empty(weight.shape, spec, scale_dtype, weight.device))
+    return _joined(parts, empty(spec, weight.shape, scale_dtype, weight.device))
 
 
 def to_int8_rows(q: QuantizedTensor) -> QuantizedTensor:
@@ -30,21 +30,11 @@ def to_int8_rows(q: QuantizedTensor) -> QuantizedTensor:
         at_once = max(q.spec.group[0], at_once // q.spec.group[0] * q.spec.group[0])
     values = (q.rows(start, min(start + at_once, rows)).dequantize() for start in range(0, rows, at_once))
     parts = (rounded(part, INT8_ROWS, torch.float32, search=False) for part in values)
-    return _joined(parts, _empty(q.shape, INT8_ROWS, torch.float32, q.codes.device))
-
-
-def _empty(shape: Sequence[int], spec: QuantSpec, scale_dtype: torch.dtype, device: torch.device) -> QuantizedTensor:
-    """Room for the whole result, made before any part of it: parts kept until the end would lie between what is freed, and hold it."""
-    rows, columns = shape
-    per_group = spec.scale_shape(rows, columns)
-    zero = None if spec.symmetric else torch.empty(per_group, dtype=torch.int16, device=device)
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=device)
-    dtype = {"e8m0": torch.float8_e8m0fnu, "row maximum": torch.float32}.get(spec.scale, scale_dtype)
-    return QuantizedTensor(spec, codes, torch.empty(per_group, dtype=dtype, device=device), zero)
+    return _joined(parts, empty(INT8_ROWS, q.shape, torch.float32, q.codes.device))
 
 
 def _joined(parts: Iterable[QuantizedTensor], whole: QuantizedTensor) -> QuantizedTensor:
-    """`whole`, filled with some rows after others."""
+    """`whole`, made before any part of it and filled with some rows after others: parts kept until the end would lie between what is freed."""
     at = 0
     for part in parts:
         of = slice(at, at := at + part.shape[0])

@@ -21,7 +21,8 @@ NF4 = (
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """By the low three bits of a code, in twelfths."""
 _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_TOP = {"e4m3": 448.0, "e2m1": 6.0, "nf4": 1.0, "fp4": 1.0}
+E4M3_TOP = 448.0
+_TOP = {"e4m3": E4M3_TOP, "e2m1": 6.0, "nf4": 1.0, "fp4": 1.0}
 
 
 def top_level(spec: QuantSpec) -> float:
@@ -50,11 +51,16 @@ def nearest_level(x: Tensor, spec: QuantSpec, zero: Tensor | float) -> Tensor:
     if spec.kind == "int":
         return torch.clamp(torch.round(x + zero), 0, spec.max_code) - zero
     if spec.kind == "e4m3":
-        return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+        return to_e4m3(x).float()
     if spec.kind == "e2m1":
         return _nearest_e2m1(x)
     levels, middles, _ = _sorted(spec.kind)
     return levels.to(x.device)[torch.bucketize(x.contiguous(), middles.to(x.device))]
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """The nearest 8-bit floats; what lies beyond their range takes its end."""
+    return x.clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn)
 
 
 def code_of(levels: Tensor, spec: QuantSpec, zero: Tensor | float) -> Tensor:

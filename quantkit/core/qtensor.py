@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from quantkit.core.groups import expanded
 from quantkit.core.levels import level_of
-from quantkit.core.scales import NestedScales
+from quantkit.core.scales import NESTED_BLOCK, NestedScales, stored_dtype
 from quantkit.core.scheme import QuantSpec
 from quantkit.errors import UsageError
 
@@ -130,6 +131,26 @@ class QuantizedTensor:
     def _tensors(self) -> list[Tensor | None]:
         nested = (None, None, None) if self.nested is None else (self.nested.outer, self.nested.offset, self.nested.table)
         return [self.codes, self.scale, self.zero, self.group_of_column, self.divisor, *nested, self.input_scale]
+
+
+def empty(spec: QuantSpec, shape: Sequence[int], scale_dtype: torch.dtype, device: torch.device | str) -> QuantizedTensor:
+    """A tensor of [N, K] without values, plain scales in `scale_dtype`."""
+    rows, columns = shape
+    per_group = spec.scale_shape(rows, columns)
+
+    def room(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    nested = None
+    if spec.scale == "nested":
+        outer = room((-(-per_group[0] // NESTED_BLOCK),), torch.float32)
+        nested = NestedScales(outer, room((), torch.float32), room((256,), torch.float32))
+    return QuantizedTensor(
+        spec, room((rows, columns), torch.uint8), room(per_group, stored_dtype(spec, scale_dtype)),
+        zero=None if spec.symmetric else room(per_group, torch.int16),
+        divisor=room((1,), torch.float32) if spec.scale == "e4m3" else None,
+        nested=nested,
+    )  # fmt: skip
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

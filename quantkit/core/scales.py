@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from quantkit.core.dynamic_map import dynamic_map, nearest_code
-from quantkit.core.levels import top_level
+from quantkit.core.levels import E4M3_TOP, to_e4m3, top_level
 from quantkit.core.scheme import QuantSpec
 
 NESTED_BLOCK = 256
 """Scales that share an outer scale in double quantization."""
+_SMALLEST_E4M3 = 2.0**-9
+_STORED = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "nested": torch.uint8, "row maximum": torch.float32}
+
+
+def stored_dtype(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
+    """The type of the stored scales, where the container keeps plain ones in `dtype`."""
+    return _STORED.get(spec.scale, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +39,17 @@ class ScaleType:
         """For a weight [N, K] whose container stores plain scales in `dtype`."""
         if spec.scale == "e4m3":
             largest = float(weight.abs().max()) or 1.0
-            return cls(torch.float8_e4m3fn, float(torch.tensor(448.0 * top_level(spec) / largest, dtype=torch.float32)))
-        if spec.scale == "e8m0":
-            return cls(torch.float8_e8m0fnu)
+            return cls(stored_dtype(spec, dtype), float(torch.tensor(E4M3_TOP * top_level(spec) / largest, dtype=torch.float32)))
         if spec.scale == "row maximum":
-            return cls(torch.float32, top_level(spec))
-        return cls(torch.float32 if spec.scale == "nested" else dtype)
+            return cls(stored_dtype(spec, dtype), top_level(spec))
+        return cls(torch.float32 if spec.scale == "nested" else stored_dtype(spec, dtype))
 
     def stored(self, scale: Tensor) -> Tensor:
         """The scale as it will be stored, back in float32: rounded to its type, never zero, never infinite."""
         if self.dtype == torch.float8_e8m0fnu:
             return torch.exp2(torch.log2(scale.abs().clamp(min=2.0**-126)).round().clamp(-126, 127))
         if self.dtype == torch.float8_e4m3fn:
-            return (scale.abs() * self.divisor).clamp(2.0**-9, 448.0).to(self.dtype).float() / self.divisor
+            return to_e4m3((scale.abs() * self.divisor).clamp(min=_SMALLEST_E4M3)).float() / self.divisor
         return stored_scale(scale, self.dtype)
 
     def write(self, scale: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import CHANNEL, Scheme
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
-from quantkit.formats.base import Infos, Read, assembled
+from quantkit.formats.base import Infos, Read, assembled, require_parts, why_uneven
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACE_OF = tuple(ORDER.index(column) for column in range(8))
@@ -35,9 +35,9 @@ class AWQ:
             return "awq holds 4-bit integers with 16-bit activations; use compressed-tensors"
         if spec.bits != 4 or spec.symmetric:
             return f"awq loaders read 4 bits with zero points, as in w4a16-asym, not {scheme.name}; use compressed-tensors"
-        if isinstance(spec.group, int) and spec.group > 0 and shape[1] % spec.group:
-            return f"groups of {spec.group} do not divide {shape[1]} input features"
-        return f"its words take 8 output features each, and {shape[0]} is no multiple of 8" if shape[0] % 8 else None
+        if shape[0] % 8:
+            return f"its words take 8 output features each, and {shape[0]} is no multiple of 8"
+        return why_uneven(spec, shape)
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         return torch.float16
@@ -64,9 +64,7 @@ class AWQ:
     def decode(self, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         spec = scheme.weight
         assert spec is not None
-        missing = [name for name in self.part_names(scheme) if name not in parts]
-        if missing:
-            raise FormatError(f"the layer has no {', '.join(missing)}; it has {', '.join(sorted(parts)) or 'nothing'}")
+        require_parts(parts, self.part_names(scheme))
         codes, zero = (_straight(unpack(parts[name], 4, parts[name].shape[1] * 8)).T.contiguous() for name in ("qweight", "qzeros"))
         return assembled(spec, codes, parts["scales"].T.contiguous(), zero.to(torch.int16))
 

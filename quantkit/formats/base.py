@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.safetensors_header import TensorInfo
-from quantkit.core.dynamic_map import dynamic_map
-from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scales import NESTED_BLOCK, NestedScales
-from quantkit.core.scheme import QuantSpec, Scheme
+from quantkit.core.qtensor import QuantizedTensor, empty
+from quantkit.core.scheme import CHANNEL, QuantSpec, Scheme
 from quantkit.errors import FormatError
 
 Infos = Mapping[str, TensorInfo]
@@ -103,19 +101,25 @@ def assembled(
 
 def blank(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype) -> QuantizedTensor:
     """A quantized tensor on the meta device: shapes and types, no values."""
-    spec = scheme.weight
-    assert spec is not None
-    per_group = spec.scale_shape(*shape)
+    assert scheme.weight is not None
+    q = empty(scheme.weight, shape, scale_dtype, "meta")
+    if scheme.activation is not None and scheme.activation.is_static:
+        q.input_scale = torch.empty(1, dtype=scale_dtype, device="meta")
+    return q
 
-    def empty(size: Iterable[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(size), dtype=dtype, device="meta")
 
-    stored = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "nested": torch.uint8, "row maximum": torch.float32}
-    nested = NestedScales(empty((-(-per_group[0] // NESTED_BLOCK),), torch.float32), empty((), torch.float32), dynamic_map().to("meta"))
-    return QuantizedTensor(
-        spec, empty(shape, torch.uint8), empty(per_group, stored.get(spec.scale, scale_dtype)),
-        zero=None if spec.symmetric else empty(per_group, torch.int16),
-        divisor=empty((1,), torch.float32) if spec.scale == "e4m3" else None,
-        nested=nested if spec.scale == "nested" else None,
-        input_scale=empty((1,), scale_dtype) if scheme.activation is not None and scheme.activation.is_static else None,
-    )  # fmt: skip
+def require_parts(parts: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Raises FormatError where a layer lacks some of its tensors."""
+    missing = [name for name in names if name not in parts]
+    if missing:
+        raise FormatError(f"the layer has no {', '.join(missing)}; it has {', '.join(sorted(parts)) or 'nothing'}")
+
+
+def why_uneven(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+    """Why groups or blocks do not fit a weight [N, K], or None when they do."""
+    if isinstance(spec.group, tuple):
+        high, wide = spec.group
+        return f"blocks of {high} x {wide} do not divide {shape[0]} x {shape[1]}" if shape[0] % high or shape[1] % wide else None
+    if spec.group in (None, CHANNEL) or spec.is_flat or shape[1] % spec.group == 0:
+        return None
+    return f"groups of {spec.group} do not divide {shape[1]} input features"

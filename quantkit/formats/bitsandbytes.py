@@ -19,7 +19,7 @@ from quantkit.core.scales import NESTED_BLOCK, NestedScales
 from quantkit.core.scheme import FLAT_BLOCKS, Scheme
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
-from quantkit.formats.base import Infos, Read
+from quantkit.formats.base import Infos, Read, require_parts
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _OFFSET_ROOM = 24
@@ -97,9 +97,7 @@ class BitsAndBytes:
     def decode(self, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         spec = scheme.weight
         assert spec is not None
-        missing = [name for name in self.part_names(scheme) if name not in parts and name != "weight_format"]
-        if missing:
-            raise FormatError(f"the layer has no {', '.join(missing)}; it has {', '.join(sorted(parts)) or 'nothing'}")
+        require_parts(parts, [name for name in self.part_names(scheme) if name != "weight_format"])
         if spec.scale == "row maximum":
             if int(parts.get("weight_format", torch.zeros(())).item()) != 0:
                 raise FormatError(f"weight_format is {int(parts['weight_format'])}; quantkit reads 0, plain rows")

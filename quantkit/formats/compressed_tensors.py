@@ -15,7 +15,7 @@ from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import Scheme
 from quantkit.errors import FormatError
 from quantkit.formats import ct_layouts
-from quantkit.formats.base import Infos, Read
+from quantkit.formats.base import Infos, Read, why_uneven
 from quantkit.formats.ct_schemes import ConfigGroups, group_config, layout_of, require_no_more, scheme_of
 
 VERSION = "0.20.0"
@@ -31,12 +31,7 @@ class CompressedTensors:
         assert spec is not None
         if spec.is_flat or spec.scale == "row maximum":
             return f"{scheme.name} is stored as bitsandbytes has it; use bitsandbytes"
-        if isinstance(spec.group, tuple):
-            high, wide = spec.group
-            return f"blocks of {high} x {wide} do not divide {shape[0]} x {shape[1]}" if shape[0] % high or shape[1] % wide else None
-        if isinstance(spec.group, int) and spec.group > 0 and shape[1] % spec.group:
-            return f"groups of {spec.group} do not divide {shape[1]} input features"
-        return None
+        return why_uneven(spec, shape)
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The model's own 16-bit type; half for a float32 model, whose scales would otherwise cost twice."""

@@ -17,7 +17,7 @@ from quantkit.core.packing import pack, packed_words, unpack, unpack_whole
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import CHANNEL, QuantSpec, Scheme
 from quantkit.errors import FormatError
-from quantkit.formats.base import assembled
+from quantkit.formats.base import assembled, require_parts
 
 Layout = Literal["pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"]
 
@@ -103,8 +103,7 @@ def _decode_packed(parts: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedTen
 
 def part(parts: Mapping[str, Tensor], name: str) -> Tensor:
     """One tensor of the layer; raises FormatError where it is absent."""
-    if name not in parts:
-        raise FormatError(f"the layer has no {name}; it has {', '.join(sorted(parts)) or 'nothing'}")
+    require_parts(parts, [name])
     return parts[name]
 
 

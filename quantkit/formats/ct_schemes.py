@@ -135,10 +135,10 @@ def _activation_spec(activations: Mapping[str, Any]) -> ActivationSpec:
             f"compressed-tensors with activations of {_words(activations)}, dynamic {dynamic} is not read yet; "
             "quantkit reads 8-bit symmetric integers and floats"
         )
-    group = {"token": CHANNEL, "tensor": None, "group": activations.get("group_size")}.get(str(strategy), 0)
-    if group == 0:
-        raise FormatError(f"compressed-tensors with activations per {strategy} is not read yet; quantkit reads token, tensor and group")
-    return ActivationSpec(8, "int" if kind == "int" else "e4m3", group, is_static=not dynamic)
+    groups = {"token": CHANNEL, "tensor": None, "group": activations.get("group_size")}
+    if strategy not in groups:
+        raise FormatError(f"compressed-tensors with activations per {strategy} is not read yet; quantkit reads {', '.join(groups)}")
+    return ActivationSpec(8, "int" if kind == "int" else "e4m3", groups[strategy], is_static=not dynamic)
 
 
 def require_no_more(config: Mapping[str, Any]) -> None:

@@ -186,7 +186,9 @@ def _layout_of_layers(stored: Stored) -> str:
         return "ct-fp4"
     if any(weight is not None and weight.kind == "e4m3" for weight, _ in specs):
         return "ct-fp8"
-    return "ct-int8" if any(activation is not None for _, activation in specs) else "ct-packed"
+    if all(activation is None for _, activation in specs):
+        return "ct-packed"
+    return "ct-int8" if all(layer.scheme.name == "w8a8-int8" for layer in stored.layers if layer.scheme.activation) else "ct-low-bit-activations"
 
 
 def _verdict(engine: Engine, stored: Stored) -> Verdict:

@@ -15,7 +15,7 @@ from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import Scheme
 from quantkit.core.scheme_names import FP8_BLOCK, parse_scheme
 from quantkit.errors import FormatError
-from quantkit.formats.base import Infos, Read, assembled
+from quantkit.formats.base import Infos, Read, assembled, require_parts, why_uneven
 
 _HELD = ("fp8-block", "fp8-tensor", "fp8-static")
 
@@ -28,9 +28,8 @@ class FP8:
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.name not in _HELD:
             return f"fp8 holds {', '.join(_HELD)}; use compressed-tensors"
-        if scheme.name == "fp8-block" and (shape[0] % FP8_BLOCK[0] or shape[1] % FP8_BLOCK[1]):
-            return f"blocks of 128 x 128 do not divide {shape[0]} x {shape[1]}, and loaders read a ragged grid wrongly"
-        return None
+        assert scheme.weight is not None
+        return why_uneven(scheme.weight, shape)
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
@@ -54,9 +53,9 @@ class FP8:
     def decode(self, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         spec = scheme.weight
         assert spec is not None
-        scale = parts.get("weight_scale_inv", parts.get("weight_scale"))
-        if scale is None or "weight" not in parts:
-            raise FormatError(f"the layer has no weight with a scale; it has {', '.join(sorted(parts)) or 'nothing'}")
+        name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
+        require_parts(parts, ("weight", name))
+        scale = parts[name]
         is_static = scheme.activation is not None and scheme.activation.is_static
         static = parts.get("input_scale", parts.get("activation_scale")) if is_static else None
         if is_static and static is None:

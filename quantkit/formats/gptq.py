@@ -21,7 +21,7 @@ from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import UNQUANTIZED, QuantSpec, Scheme
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
-from quantkit.formats.base import Infos, Read, assembled
+from quantkit.formats.base import Infos, Read, assembled, require_parts, why_uneven
 from quantkit.formats.fusion import fused_groups
 from quantkit.formats.name_patterns import NamePatterns
 
@@ -46,11 +46,9 @@ class GPTQ:
             return "gptq stores no activation quantization; use compressed-tensors"
         if spec.bits not in _BITS:
             return f"gptq loaders read {', '.join(map(str, _BITS))} bits, not {spec.bits}; use compressed-tensors"
-        if isinstance(spec.group, int) and spec.group > 0 and shape[1] % spec.group:
-            return f"groups of {spec.group} do not divide {shape[1]} input features"
         if self.zero_offset == 1 and not spec.symmetric:
             return "a zero point of 0 has no v1 form; use gptq-v2"
-        return None
+        return why_uneven(spec, shape)
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         return torch.float16
@@ -81,9 +79,7 @@ class GPTQ:
     def decode(self, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         spec = scheme.weight
         assert spec is not None
-        missing = [name for name in ("qweight", "qzeros", "scales") if name not in parts]
-        if missing:
-            raise FormatError(f"the layer has no {', '.join(missing)}; it has {', '.join(sorted(parts)) or 'nothing'}")
+        require_parts(parts, ("qweight", "qzeros", "scales"))
         scale = parts["scales"].T.contiguous()
         rows = scale.shape[0]
         columns = len(parts["g_idx"]) if "g_idx" in parts else parts["qweight"].shape[0] * 32 // spec.bits

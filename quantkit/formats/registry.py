@@ -22,6 +22,10 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
+READ_METHODS = ", ".join(name for name in FORMATS if name != "gptq-v2")
+"""What a checkpoint may call its container, in words."""
+
+
 def get_format(name: str, schemes: Iterable[Scheme] = (), model_dtype: torch.dtype | None = None) -> Format:
     """The container of this name for layers of these schemes: `gptq` with an asymmetric layer is its second version.
 
@@ -48,6 +52,5 @@ def format_of(quantization_config: Mapping[str, Any]) -> Format:
     if method == "bitsandbytes":
         return BitsAndBytes(getattr(torch, str(quantization_config.get("bnb_4bit_compute_dtype")), torch.bfloat16))
     if method not in FORMATS:
-        known = ", ".join(name for name in FORMATS if name != "gptq-v2")
-        raise FormatError(f"quantization method {method!r} is not read yet; quantkit reads {known}")
+        raise FormatError(f"quantization method {method!r} is not read yet; quantkit reads {READ_METHODS}")
     return FORMATS[method]

@@ -23,6 +23,7 @@ from quantkit.formats.engines import CONTAINERS, Verdict, verdicts
 from quantkit.formats.gguf_files import gguf_files, read_gguf_head
 from quantkit.formats.kv_scales import in_words, is_kv_scale, kv_scheme
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.registry import READ_METHODS
 from quantkit.formats.stored_layers import (
     AnyPart,
     main_dtype,
@@ -170,7 +171,7 @@ def _of_undecoded(reader: CheckpointReader, reason: str) -> Summary:
 
 def _of_gguf(path: Path, files: list[Path]) -> Summary:
     heads = [read_gguf_head(file) for file in files]
-    reason = "GGUF is not read yet; quantkit reads compressed-tensors and gptq"
+    reason = f"GGUF is not read yet; quantkit reads {READ_METHODS}"
     notes = (reason, f"version {heads[0].version}, {sum(head.num_tensors for head in heads)} tensors, {heads[0].num_settings} settings")
     return Summary(
         str(path), "gguf", CONTAINERS["gguf"], "in the file", "in the file", (), (), None, sum(file.stat().st_size for file in files), len(files),

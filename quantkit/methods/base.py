@@ -20,8 +20,8 @@ class Statistics:
     Attributes:
         hessian: float32 [K, K], the mean of x x^T over tokens.
         num_tokens: how many tokens it is the mean of.
-        mean_size: float32 [K], the mean of |x|; where a transform asks for it, else None, as is
-        largest: float32 [K], the largest |x|.
+        mean_size: float32 [K], the mean of |x|, where a transform asks for it.
+        largest: float32 [K], the largest |x|, likewise.
     """
 
     hessian: Tensor

@@ -53,10 +53,10 @@ class Tuned:
     needs_calibration = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens"):
+        for name, example in (("steps", 100), ("tokens", 4096)):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise RecipeError(f"{name} is {value!r}; give a whole number from 1 on, such as {getattr(Tuned, name, 200)}")
+                raise RecipeError(f"{name} is {value!r}; give a whole number from 1 on, such as {example}")
         for name in ("rate", "scale_rate", "zero_rate", "ahead"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
