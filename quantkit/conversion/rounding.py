@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantkit.conversion.plan import LayerPlan, Plan
+from quantkit.conversion.layer_plan import LayerPlan
+from quantkit.conversion.plan import Plan
 from quantkit.conversion.report import LayerResult
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import CalibrationError, SourceError

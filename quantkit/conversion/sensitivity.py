@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantkit.allocator import give_back
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.hidden_states import HiddenStates, room_for
-from quantkit.conversion.plan import LayerPlan
+from quantkit.conversion.layer_plan import LayerPlan
 from quantkit.conversion.rounding import MIN_TOKENS, affordable, finite_weight
 from quantkit.conversion.statistics import HessianCollector
 from quantkit.methods.base import Statistics

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantkit.conversion.plan import LayerPlan, Plan
+from quantkit.conversion.layer_plan import LayerPlan
+from quantkit.conversion.plan import Plan
 from quantkit.conversion.rounding import MIN_TOKENS, finite_weight
 from quantkit.methods.base import Reader, Rounding, Statistics, Transform
 from quantkit.methods.rtn import SearchedScales

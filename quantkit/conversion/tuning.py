@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from quantkit.conversion.hidden_states import HiddenStates
-from quantkit.conversion.plan import LayerPlan, Plan
+from quantkit.conversion.layer_plan import LayerPlan
+from quantkit.conversion.plan import Plan
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import finite_weight, relative_error
 from quantkit.core.qtensor import QuantizedTensor

@@ -10,7 +10,8 @@ from math import prod
 import torch
 
 from quantkit.conversion.budget import family
-from quantkit.conversion.plan import LayerPlan, Plan, fit, with_scheme
+from quantkit.conversion.layer_plan import LayerPlan, fit, with_scheme
+from quantkit.conversion.plan import Plan
 from quantkit.conversion.recipe import Recipe, Rule
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError, RecipeError

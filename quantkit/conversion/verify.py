@@ -14,6 +14,7 @@ from quantkit.checkpoint.side_files import left_behind, side_files
 from quantkit.checkpoint.source import resolve
 from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.calibration import CalibrationOptions, load_calibration
+from quantkit.conversion.recipe import Recipe
 from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify_structure import config_problems, missing_parameters
 from quantkit.conversion.verify_values import examine_layers, unlike_tensors
@@ -82,9 +83,12 @@ def verify(out: str | Path, *, against: str | None = None, options: VerifyOption
         return result
     if architecture is not None:
         _check_structure(opened, source, architecture, result)
-    _check_values(opened, source, architecture, result, progress)
+    folded = _folded(opened, architecture)
+    _check_values(opened, None if folded else source, architecture, result, progress)
+    if source is not None and folded:
+        result.add("layer errors", [], "not compared: recipe.yaml folds scales into weights and norms; the KL divergence tells")
     if source is not None:
-        _check_against(opened, source, result)
+        _check_against(opened, source, folded, result)
     _check_tokenizer(folder, source, result, options)
     if source is not None and architecture is not None and options.num_tokens:
         _check_divergence(opened, source, architecture, result, options, device, progress)
@@ -152,18 +156,31 @@ def _check_values(
         result.add("layer errors", findings.problems["errors"], _error_words(findings.errors) if findings.errors else "")
 
 
+def _folded(opened: OpenedCheckpoint, architecture: Architecture | None) -> set[str]:
+    """Tensors that the checkpoint's own recipe may have folded scales into: those of the blocks, where it has transforms."""
+    try:
+        recipe = Recipe.load(str(opened.reader.folder / "recipe.yaml"))
+    except QuantkitError:  # there is none, or it is of another tool
+        return set()
+    if architecture is None or not any(rule.transforms for rule in recipe.rules):
+        return set()
+    paths = (f"{block.path}.{name}" for block in architecture.blocks for name, _ in block.module.named_parameters())
+    return {source for path in paths for source in architecture.stored.sources(path)}
+
+
 def _error_words(errors: dict[str, float]) -> str:
     worst = max(errors, key=lambda name: errors[name])
     return f"||W - Q||² / ||W||² is {sum(errors.values()) / len(errors):.3g} on average, {errors[worst]:.3g} at worst ({worst})"
 
 
-def _check_against(opened: OpenedCheckpoint, source: OpenedCheckpoint, result: Verification) -> None:
+def _check_against(opened: OpenedCheckpoint, source: OpenedCheckpoint, folded: set[str], result: Verification) -> None:
     absent = [f"{name} of the original is missing" for name in source.names if name not in opened]
     result.add("original's tensors", absent, f"all {len(source.names)} are there, as they were or quantized")
-    unlike, num_equal = unlike_tensors(opened, source)
+    unlike, num_equal = unlike_tensors(opened, source, folded)
     if unlike and all("norm" in problem.split()[0] for problem in unlike):
         unlike.insert(0, "only norms differ, as after AWQ or SmoothQuant, which fold scales into them; layer errors then say nothing, and KL does")
-    result.add("unquantized tensors", unlike, f"{num_equal} equal the original's bit for bit")
+    words = f"{num_equal} equal the original's bit for bit" + (", the blocks' own are not compared" if folded else "")
+    result.add("unquantized tensors", unlike, words)
     files = [path for path in side_files(source.reader.folder, exclude=_OWN_FILES) if not (opened.reader.folder / path).is_file()]
     behind = left_behind(source.reader.folder, weights=source.reader.files, exclude=_OWN_FILES)
     absent = [path.as_posix() for path in behind if not (opened.reader.folder / path).is_file()]

@@ -40,7 +40,7 @@ def config_problems(opened: OpenedCheckpoint, architecture: Architecture) -> lis
         return []
     if not opened.schemes:
         return [] if kv_scheme(opened.reader.quantization_config) is not None else ["the config says the model is quantized, and no layer is"]
-    check = _compressed_tensors_problems if config["quant_method"] == "compressed-tensors" else _gptq_problems
+    check = {"compressed-tensors": _compressed_tensors_problems, "gptq": _gptq_problems}.get(config["quant_method"], _skip_list_problems)
     return list(check(config, opened, architecture))
 
 
@@ -81,6 +81,29 @@ def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architec
     for name in sorted(linears - opened.schemes.keys() - outside):
         if skipped.first(name) is None:
             yield f"{name} is not quantized, and dynamic does not skip it: engines would look for its codes"
+
+
+def _skip_list_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architecture: Architecture) -> Iterator[str]:
+    """AWQ, fp8 and bitsandbytes name what is not quantized, whole or by a part of its path; where they name nothing, engines go by the tensors."""
+    key = "llm_int8_skip_modules" if config["quant_method"] == "bitsandbytes" else "modules_to_not_convert"
+    entries = config.get(key)
+    if not entries:
+        return
+
+    known = _module_names(opened, architecture)
+
+    def is_listed(name: str) -> bool:
+        return any(f".{entry}." in f".{name}." for entry in entries)
+
+    for entry in entries:
+        if not any(f".{entry}." in f".{name}." for name in known):
+            yield f"{key} lists {entry!r}, and the model has no such layer"
+    for name in sorted(_linear_names(architecture) - opened.schemes.keys()):
+        if not is_listed(name):
+            yield f"{name} is not quantized, and {key} does not list it: engines would look for its codes"
+    for name in sorted(opened.schemes.keys()):
+        if is_listed(name):
+            yield f"{name} is quantized, and {key} lists it: engines would look for its weight"
 
 
 def _module_names(opened: OpenedCheckpoint, architecture: Architecture) -> set[str]:

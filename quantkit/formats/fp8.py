@@ -35,7 +35,7 @@ class FP8:
         return torch.float32
 
     def part_names(self, scheme: Scheme) -> tuple[str, ...]:
-        return ("weight", "weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
+        return ("weight", _scale_name(scheme), "input_scale")
 
     def stored_shape(self, infos: Infos, scheme: Scheme, read: Read) -> tuple[int, int]:
         if "weight" not in infos:
@@ -45,24 +45,18 @@ class FP8:
 
     def encode(self, q: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
         weight = q.codes.view(torch.float8_e4m3fn)
-        if scheme.name == "fp8-block":
-            return {"weight": weight, "weight_scale_inv": q.scale}
-        parts = {"weight": weight, "weight_scale": q.scale.reshape(1)}
+        scale = q.scale if scheme.name == "fp8-block" else q.scale.reshape(1)
+        parts = {"weight": weight, _scale_name(scheme): scale}
         return parts | ({} if q.input_scale is None else {"input_scale": q.input_scale})
 
     def decode(self, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         spec = scheme.weight
         assert spec is not None
-        name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
-        require_parts(parts, ("weight", name))
-        scale = parts[name]
         is_static = scheme.activation is not None and scheme.activation.is_static
-        static = parts.get("input_scale", parts.get("activation_scale")) if is_static else None
-        if is_static and static is None:
-            raise FormatError("activation_scheme is static, and the layer has no input_scale")
-        shaped = scale if spec.group is not None else scale.reshape(1, 1)
-        q = assembled(spec, parts["weight"].view(torch.uint8), shaped)
-        q.input_scale = None if static is None else static.reshape(1)
+        require_parts(parts, ("weight", _scale_name(scheme), *(("input_scale",) if is_static else ())))
+        scale = parts[_scale_name(scheme)]
+        q = assembled(spec, parts["weight"].view(torch.uint8), scale if spec.group is not None else scale.reshape(1, 1))
+        q.input_scale = parts["input_scale"].reshape(1) if is_static else None
         return q
 
     def config(self, layers: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
@@ -86,3 +80,7 @@ class FP8:
         scheme = parse_scheme("fp8-block" if block else "fp8-static" if activations == "static" else "fp8-tensor")
         modules = [name.rpartition(".") for name in names]
         return {module: scheme for module, _, part in modules if part in ("weight_scale_inv", "weight_scale")}
+
+
+def _scale_name(scheme: Scheme) -> str:
+    return "weight_scale_inv" if scheme.name == "fp8-block" else "weight_scale"

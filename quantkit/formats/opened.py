@@ -77,6 +77,16 @@ class OpenedCheckpoint:
         except FormatError as error:
             raise FormatError(f"{module} cannot be decoded: {error}") from error
 
+    def static_scales(self) -> dict[str, Tensor]:
+        """The calibrated scale [1] of every quantized module's input that has one."""
+        found = {}
+        for module, scheme in self.schemes.items():
+            if scheme.activation is not None and scheme.activation.is_static:
+                if f"{module}.input_scale" not in self.reader:
+                    raise FormatError(f"{module} is of {scheme.name} and has no input_scale")
+                found[module] = self.reader.get(f"{module}.input_scale").reshape(1)
+        return found
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of most of its unquantized values."""

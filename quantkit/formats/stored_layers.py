@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 
 import torch
 
@@ -50,8 +51,9 @@ def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
                 problems += [] if part in _OPTIONAL_PARTS else [f"{name} is missing"]
                 continue
             info = opened.reader.info(name)
-            right_type = info.dtype.is_floating_point if dtype.is_floating_point else info.dtype == dtype
-            if not right_type or not _same_shape(info, shape):
+            may_differ = dtype.is_floating_point and dtype.itemsize > 1  # plain scales come in any float type
+            right_type = info.dtype.is_floating_point if may_differ else info.dtype == dtype
+            if not right_type or not (_same_shape(info, shape) or _is_text(part)):
                 problems.append(f"{name} is {info.dtype} {list(info.shape)}; {scheme.name} wants {dtype} {list(shape)}".replace("torch.", ""))
     return problems
 
@@ -106,10 +108,15 @@ def main_dtype(reader: CheckpointReader, names: Sequence[str]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
 
 
+def _is_text(part: str) -> bool:
+    """A text's length depends on what it says; whether it can be read shows when the layer's shape is."""
+    return part.startswith("weight.quant_state.")
+
+
 def _same_shape(info: TensorInfo, wanted: tuple[int, ...]) -> bool:
-    """A scale a row may be [N] or [N, 1]; packed words may be in an older, longer layout."""
+    """A scale a row may be [N] or [N, 1], one alone [] or [1]; packed words may be in an older, longer layout."""
     found = tuple(info.shape)
-    if found == wanted or (len(wanted) == 2 and wanted[1] == 1 and found == wanted[:1]):
+    if found == wanted or (prod(found) == prod(wanted) == 1) or (len(wanted) == 2 and wanted[1] == 1 and found == wanted[:1]):
         return True
     return info.dtype == torch.int32 and len(found) == len(wanted) == 2 and all(f >= w for f, w in zip(found, wanted, strict=True))
 

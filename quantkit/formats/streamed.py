@@ -36,7 +36,7 @@ def transposed_layers(architecture: Architecture) -> set[str]:
 
 
 def streamed(opened: OpenedCheckpoint, architecture: Architecture, label: str) -> StreamedModel:
-    return StreamedModel(architecture, FileOrder(opened, architecture), opened.schemes, label)
+    return StreamedModel(architecture, FileOrder(opened, architecture), opened.schemes, label, opened.static_scales())
 
 
 def open_streamed(folder: Path, label: str, *, trust_remote_code: bool = False) -> StreamedModel:

@@ -78,6 +78,7 @@ class StreamedModel:
 
     Attributes:
         schemes: its quantized layers by checkpoint name; the inputs of those that quantize activations are quantized in the forward pass too.
+        static_scales: the calibrated scale [1] of inputs that have one, by the same names.
         label: what to call it in progress and errors.
     """
 
@@ -85,6 +86,7 @@ class StreamedModel:
     weights: Weights
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     label: str = "the model"
+    static_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -187,7 +189,7 @@ def _last_hidden(model: StreamedModel, runner: BlockRunner, rows: TokenRows, bat
     blocks = model.architecture.blocks
     for index, block in enumerate(blocks):
         runner.load(block.path, model.weights)
-        with fake_quantize_inputs(decoder_linears(block, model.architecture.model), model.schemes):
+        with fake_quantize_inputs(decoder_linears(block, model.architecture.model), model.schemes, model.static_scales):
             for at in runner.places(index, positions, batch_size):
                 hidden[at] = runner.block(index, hidden[at], ids[at], positions[at]).cpu()
         runner.unload(block.path)
@@ -223,5 +225,5 @@ def _write_states(kept: Path, states: Tensor) -> None:
 @contextmanager
 def _outside_inputs_quantized(model: StreamedModel) -> Iterator[None]:
     modules = {linear.name: model.architecture.model.get_submodule(linear.path) for linear in model.architecture.outside}
-    with fake_quantize_inputs(modules, model.schemes):
+    with fake_quantize_inputs(modules, model.schemes, model.static_scales):
         yield

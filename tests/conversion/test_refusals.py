@@ -196,6 +196,7 @@ def test_a_quantized_source_of_an_unread_kind(tiny: Path, refused: Refused) -> N
         ({"group_size": 0}, UsageError, "group size 0 is not supported; use 8 or more, or -1"),
         ({"overrides": ("o_proj=w4a16-g48",)}, RecipeError, "48 does not divide the 64 input features of model.layers.0.self_attn.o_proj and 1 more"),
         ({"recipe": "w8a8-int8", "format": "gptq"}, FormatError, "gptq cannot hold w8a8-int8 of .* and 13 more.*use compressed-tensors"),
+        ({"overrides": ("down_proj=fp8-static",)}, RecipeError, "fp8-static has a calibrated scale for inputs, which is not made yet; fp8-dynamic"),
         ({"overrides": ("down_proj=w5a16",), "format": "gptq"}, FormatError, "read 2, 3, 4, 8 bits, not 5; use compressed-tensors"),
         ({"device": "cuda:99"}, UsageError, "device 'cuda:99' cannot be used here .*; use auto or cpu"),
         ({"device": "gpu"}, UsageError, "device 'gpu' cannot be used here"),

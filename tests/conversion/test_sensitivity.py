@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.conversion.calibration.data import CalibrationReport, CalibrationSet
+from quantkit.conversion.layer_plan import LayerPlan
 from quantkit.conversion.options import ConvertOptions
-from quantkit.conversion.plan import LayerPlan
 from quantkit.conversion.prepare import Prepared, plan_conversion
 from quantkit.conversion.sensitivity import Losses, SensitivityPass
 from quantkit.core.scheme_names import parse_scheme

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.cli import main
+from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verification import Verification
@@ -39,7 +40,10 @@ def failed(result: Verification) -> dict[str, str]:
     return {check.name: check.detail for check in result.checks if not check.ok}
 
 
-@pytest.mark.parametrize("name", ["gptq_b4_g64_desc", "gptq_b3_g128", "ct_w8a8_gptq", "tiny"])
+@pytest.mark.parametrize("name", [
+    "gptq_b4_g64_desc", "gptq_b3_g128", "ct_w8a8_gptq", "ct_fp8_block", "ct_fp8_dynamic", "ct_nvfp4a16", "bnb_nf4_dq", "bnb_int8",
+    "hf_finegrained_fp8_handmade", "tiny",
+])
 def test_what_peers_wrote_passes_every_check(name: str, peers: Path) -> None:
     result = verify(peers / name, against=str(peers / "tiny"), options=QUICK)
 
@@ -67,6 +71,23 @@ def test_folded_norms_are_told_apart_from_damage(peers: Path) -> None:
     result = verify(peers / "ct_w4a16_asym_awq", against=str(peers / "tiny"), options=QUICK)
 
     assert "only norms differ, as after AWQ" in failed(result)["unquantized tensors"]
+
+
+def test_what_we_fold_ourselves_is_not_taken_for_damage(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nrules: [{pattern: .*, scheme: w4a16-asym-g32, rounding: rtn, transforms: [awq]}]")
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": torch.randint(3, 60, (8, 64), generator=torch.Generator().manual_seed(0))}, tokens)
+    calibration = CalibrationOptions(source=str(tokens), num_samples=8)
+    convert(str(source), tmp_path / "out", ConvertOptions(recipe=str(recipe), calibration=calibration, measure=False))
+
+    result = verify(tmp_path / "out", against=str(source), options=QUICK)
+
+    assert failed(result) == {}
+    assert "not compared" in next(check.detail for check in result.checks if check.name == "layer errors")
+    edit_tensors(tmp_path / "out", lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert "model.norm.weight differs" in failed(verify(tmp_path / "out", against=str(source), options=QUICK))["unquantized tensors"]
 
 
 def test_a_model_that_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes.functional as bitsandbytes
 import pytest
 import torch
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
@@ -17,7 +18,6 @@ KINDS = {
     "e4m3": QuantSpec(8, -1, kind="e4m3"), "e2m1": QuantSpec(4, 32, kind="e2m1"),
     "nf4": QuantSpec(4, 64, kind="nf4"), "fp4": QuantSpec(4, 64, kind="fp4"),
 }  # fmt: skip
-bitsandbytes = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is the oracle")
 
 
 def weights(rows: int = 48, columns: int = 256) -> Tensor:

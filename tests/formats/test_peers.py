@@ -26,6 +26,8 @@ NAMES = [
     "gptq_b4_g128", "gptq_b4_g64_desc", "gptq_b3_g128", "gptq_b8_g128", "ct_w4a16_gptq", "ct_w4a16_asym_awq", "ct_nvfp4a16", "awq_gemm_autoawq",
     "bnb_nf4_dq", "hf_finegrained_fp8_handmade",
 ]  # fmt: skip
+LEAST_AGREEMENT = {"ct_nvfp4a16": 0.96, "awq_gemm_autoawq": 0.95}
+"""Of 64 top tokens, where a peer's own arithmetic in 16 bits decides more of them; weights are compared beneath."""
 SAME_BYTES = [
     "gptq_b4_g128", "gptq_b3_g128", "gptq_b8_g128", "ct_w4a16_gptq", "ct_w4a16_asym_awq", "ct_w8a8_gptq", "ct_fp8_block", "ct_fp8_dynamic",
     "ct_nvfp4a16", "awq_gemm_autoawq", "bnb_nf4_dq", "bnb_int8", "hf_finegrained_fp8_handmade",
@@ -48,7 +50,7 @@ def test_decoded_weights_give_the_peers_logits(name: str, peers: Path) -> None:
     best = expected.topk(2, dim=-1).values
     differs = logits.argmax(-1) != expected.argmax(-1)
     assert bool((best[..., 0] - best[..., 1])[differs].lt(0.1 * expected.std()).all())  # peers compute in bfloat16
-    assert differs.float().mean() < 0.06
+    assert 1 - differs.float().mean() > LEAST_AGREEMENT.get(name, 0.97)
 
 
 @pytest.mark.parametrize("name", ["ct_w4a16_gptq", "ct_w4a16_asym_awq", "ct_w8a8_gptq", "ct_fp8_block", "ct_fp8_dynamic", "ct_nvfp4a16"])

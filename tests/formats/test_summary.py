@@ -45,6 +45,7 @@ def test_bytes_and_bits_are_those_of_the_file(name: str, peers: Path) -> None:
 
     assert (summary.container, summary.parameters, len(summary.layers), len(summary.unquantized)) == (container, PARAMETERS, 28, others)
     assert {layer.scheme for layer in summary.layers} == {scheme}
+    assert loads(summary)["quantkit"] is True and summary.notes == ()
     assert sum(layer.num_weights for layer in summary.layers) == QUANTIZED
     assert summary.linear_bpw == pytest.approx(8 * linear_bytes / QUANTIZED)
     assert summary.file_bpw == pytest.approx(8 * (peers / name / "model.safetensors").stat().st_size / PARAMETERS)

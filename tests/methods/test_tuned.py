@@ -124,7 +124,7 @@ def test_alone_it_rounds_as_gptq_does() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"steps": 0}, "steps is 0; give a whole number from 1 on"), ({"tokens": 1.5}, "tokens is 1.5"), ({"rate": -1}, "rate is -1"),
+        ({"steps": 0}, "steps is 0; give a whole number from 1 on, such as 100"), ({"tokens": 1.5}, "tokens is 1.5"), ({"rate": -1}, "rate is -1"),
         ({"scale_rate": "fast"}, "scale_rate is 'fast'"), ({"zero_rate": 2}, "zero_rate is 2; give a number from 0 to 1"), ({"seed": None}, "seed"),
         ({"stepz": 3}, "did you mean 'steps'"),
     ],

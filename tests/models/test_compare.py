@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.core.activations import fake_quantize
+from quantkit.core.data_free import quantize
 from quantkit.core.divergence import Divergence
+from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.registry import FORMATS
+from quantkit.formats.streamed import open_streamed
 from quantkit.models.architecture import describe, load_config
 from quantkit.models.compare import StreamedModel, TokenRows, compare, logit_places, perplexity
 
@@ -70,6 +77,29 @@ def test_activations_of_w8a8_layers_are_quantized_in_the_forward_pass(peers: Pat
     weights_only = expected_divergence(whole(peers, "tiny"), whole(peers, "ct_w8a8_gptq"), rows).result()
     assert result.kl_mean == pytest.approx(expected.kl_mean, rel=2e-2)
     assert abs(result.kl_mean - expected.kl_mean) < 0.1 * abs(result.kl_mean - weights_only.kl_mean)
+
+
+def test_a_calibrated_scale_of_inputs_is_the_one_taken(peers: Path, tmp_path: Path) -> None:
+    scheme, fmt, opened = parse_scheme("fp8-static"), FORMATS["compressed-tensors"], OpenedCheckpoint(peers / "tiny")
+    layers = [f"{name}.{leaf}_proj" for name in [f"model.layers.{i}.mlp" for i in range(4)] for leaf in ("gate", "up", "down")]
+    tensors = {name: opened.get(name) for name in opened.names if name.removesuffix(".weight") not in layers}
+    for layer in layers:
+        q = quantize(opened.get(f"{layer}.weight"), scheme.weight, torch.bfloat16)
+        q.input_scale = torch.tensor([0.03], dtype=torch.bfloat16)  # narrow: inputs beyond 448 of it are cut
+        tensors |= {f"{layer}.{part}": tensor for part, tensor in fmt.encode(q, scheme).items()}
+    folder = shutil.copytree(peers / "tiny", tmp_path / "out")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fmt.config(dict.fromkeys(layers, scheme), ["lm_head"])}))
+    quantized = AutoModelForCausalLM.from_pretrained(peers / "tiny", dtype=torch.float32).eval()
+    quantized.load_state_dict({name: OpenedCheckpoint(folder).get(name).float() for name in opened.names})
+    for layer in layers:
+        hook = lambda _, inputs: (fake_quantize(inputs[0], scheme.activation, torch.tensor([0.03]).bfloat16()),)  # noqa: E731
+        quantized.get_submodule(layer).register_forward_pre_hook(hook)
+
+    result = compare(open_streamed(peers / "tiny", "base"), open_streamed(folder, "static"), some_rows())
+
+    assert result.kl_mean == pytest.approx(expected_divergence(whole(peers, "tiny"), quantized, some_rows()).result().kl_mean, rel=2e-2)
 
 
 @pytest.mark.parametrize("at_once", [1, 64, 64 * 7, 64 * 19, 64 * 19 * 3, 1 << 20])

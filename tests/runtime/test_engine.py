@@ -20,7 +20,10 @@ from quantkit.runtime.sampling_params import SamplingParams
 from tests.conversion.conftest import edit_config, edit_tensors, save_tiny
 from tests.runtime.conftest import greedy_by_transformers
 
-PEERS = ["gptq_b4_g128", "gptq_b4_g64_desc", "gptq_b3_g128", "gptq_b8_g128", "ct_w4a16_gptq", "ct_w4a16_asym_awq"]
+PEERS = [
+    "gptq_b4_g128", "gptq_b4_g64_desc", "gptq_b3_g128", "gptq_b8_g128", "ct_w4a16_gptq", "ct_w4a16_asym_awq", "ct_nvfp4a16", "awq_gemm_autoawq",
+    "bnb_nf4_dq",
+]  # fmt: skip
 IS_FULL = bool(os.environ.get("QUANTKIT_FULL"))
 NUM_PROMPTS, NUM_TOKENS = (64, 64) if IS_FULL else (12, 20)
 SMALL = {"kv_cache_memory": 8 << 20}
