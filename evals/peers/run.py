@@ -158,8 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, default=DEFAULT_FOLDER, help="where environments.py made the peers' environments")
     parser.add_argument("--quantkit", action="append", default=[], metavar="[FAMILY/]NAME=COMMAND", help="beside the table's recipes; repeatable")
-    parser.add_argument("--targets", nargs="+", default=["stories3m", "reference"])
-    parser.add_argument("--families", nargs="+", default=list(make_families()))
+    parser.add_argument("--targets", nargs="+", default=["stories3m", "reference"], choices=[target.name for target in make_targets()])
+    parser.add_argument("--families", nargs="+", default=list(make_families()), choices=list(make_families()))
     parser.add_argument("--bits", type=int, nargs="+")
     parser.add_argument("--groups", type=int, nargs="+", help="of the families whose group is free; -1 is one scale a channel")
     parser.add_argument("--peers", nargs="+", default=["*"], metavar="PATTERN", help="methods to run, as 'llmcompressor-*' or 'quantkit-*'")
@@ -172,7 +172,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work = args.work.resolve()
-    methods = [m for m in make_methods(args.quantkit) if any(fnmatch.fnmatch(m.name, pattern) for pattern in args.peers)]
+    every = make_methods(args.quantkit)
+    for pattern in args.peers:
+        if not fnmatch.filter([method.name for method in every], pattern):
+            parser.error(f"--peers {pattern!r} matches no method; there are {', '.join(method.name for method in every)}")
+    methods = [m for m in every if any(fnmatch.fnmatch(m.name, pattern) for pattern in args.peers)]
     for target in make_targets():
         if target.name in args.targets:
             run_target(target, methods, args)
