@@ -27,11 +27,15 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+CONTAINERS = "compressed-tensors, gptq, gptq-v2, awq, fp8, bitsandbytes"
+"""Written down, as their code loads torch."""
+
+
 @click.command()
 @click.argument("source")
 @click.option("-o", "--out", required=True, type=click.Path(), help="Folder to write; it must not exist.")
 @click.option("-r", "--recipe", default="w4a16-gptq", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
-@click.option("-f", "--format", "format_name", default="compressed-tensors", show_default=True, help="Container: compressed-tensors, gptq, gptq-v2.")
+@click.option("-f", "--format", "format_name", default="compressed-tensors", show_default=True, help=f"Container: {CONTAINERS}.")
 @click.option("--calib", metavar="DATA", help="Text, JSON(L), CSV or parquet file or folder, data set's name, or token file. Default: built-in mix.")
 @click.option("--text-column", help="Column of the calibration data that holds the text or the conversation.")
 @click.option("--prompt-column", help="With --response-column: two columns that make one exchange.")

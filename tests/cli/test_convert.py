@@ -16,6 +16,7 @@ from quantkit.cli.main import main
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.registry import FORMATS
 from tests.conversion.conftest import edit_tensors, save_tiny
 
 Captured = pytest.CaptureFixture[str]
@@ -289,3 +290,9 @@ def test_an_allocation_is_planned_told_and_planned_again_for_another_budget(
     assert "target-bpw 4.5; KL predicted" in made and ", measured" in made
     assert "a measurement is needed" not in after and "self_attn.qkv_proj" in after and "KL divergence predicted" in after
     assert not (tmp_path / "other").exists()
+
+
+def test_help_names_every_container(capsys: Captured) -> None:
+    assert main(["convert", "--help"]) == 0
+
+    assert f"Container: {', '.join(FORMATS)}." in " ".join(capsys.readouterr().out.split())
