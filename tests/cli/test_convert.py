@@ -293,6 +293,8 @@ def test_an_allocation_is_planned_told_and_planned_again_for_another_budget(
 
 
 def test_help_names_every_container(capsys: Captured) -> None:
-    assert main(["convert", "--help"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--help"])
 
+    assert ended.value.code == 0
     assert f"Container: {', '.join(FORMATS)}." in " ".join(capsys.readouterr().out.split())
