@@ -22,7 +22,9 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
-READ_METHODS = ", ".join(name for name in FORMATS if name != "gptq-v2")
+CONTAINERS = tuple(name for name in FORMATS if name != "gptq-v2")
+"""Every container once: GPTQ is written as its second version where it has to be."""
+READ_METHODS = ", ".join(CONTAINERS)
 """What a checkpoint may call its container, in words."""
 
 

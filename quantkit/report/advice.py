@@ -16,7 +16,7 @@ from quantkit.conversion.recipe import list_recipes
 from quantkit.errors import FormatError, RecipeError, UsageError, did_you_mean
 from quantkit.formats.engine_rules import Stored, StoredLayer
 from quantkit.formats.engines import ENGINES, verdicts
-from quantkit.formats.registry import FORMATS
+from quantkit.formats.registry import CONTAINERS
 from quantkit.paths import packaged
 from quantkit.report.describe import Matrix, weights_read
 from quantkit.report.schema import Report
@@ -25,7 +25,6 @@ Batch = Literal["1", "many"]
 NEAR = 0.02
 """KL divergence in nats a token up to which a loss is taken for small: on the reference model 95% of the most likely tokens stay the same."""
 MANY = 32
-_CONTAINERS = tuple(name for name in FORMATS if name != "gptq-v2")  # GPTQ is written as its second version where it has to be
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def advise(source: str, needs: Needs, *, trust_remote_code: bool = False) -> lis
     """
     losses, found, prepared = _losses(), [], None
     for recipe in list_recipes():
-        for name in _CONTAINERS:
+        for name in CONTAINERS:
             try:
                 prepared = plan_conversion(source, ConvertOptions(recipe=recipe.name, format=name, trust_remote_code=trust_remote_code))
             except (FormatError, RecipeError):
@@ -125,7 +124,8 @@ def _of_plan(prepared: Prepared, needs: Needs, loss: float | None) -> Advice:
         layers=tuple(StoredLayer(name, layer.linear.shape, layer.scheme) for name, layer in plan.layers.items()),
         plain=tuple(plan.ignored), scale_dtype=plan.format.scale_dtype(prepared.source.dtype),
     )  # fmt: skip
-    is_integer = all(layer.scheme.activation is not None for layer in plan.layers.values())
+    activations = [layer.scheme.activation for layer in plan.layers.values()]
+    is_integer = all(each is not None and each.kind == "int" and each.outliers is None for each in activations)
     matrices = [(each.name, each.shape, each.nbytes) for each in plan.tensors]
     return _advice(prepared, needs, stored, plan.bytes_after, matrices, prepared.recipe.name, plan.format.name, loss, is_integer=is_integer)
 
