@@ -30,10 +30,11 @@ def test_tensorboard_has_a_run_for_each_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wandb_keeps_runs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     to_wandb(report_of(text=text_result(0.02, 1e-4)), "tests", tmp_path)
+    wandb.teardown()  # its own process writes the file, at the latest when it ends, as at the end of every program
 
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (log,) = run.glob("*.wandb")
