@@ -38,7 +38,7 @@ def decide_layers(
         allocated: schemes chosen for some layers in place of their rules'.
 
     Raises:
-        RecipeError: a pattern that matches nothing, a strict group that does not divide, scales that are not calibrated, or nothing to quantize.
+        RecipeError: a pattern that matches nothing, a strict group that does not divide, or nothing to quantize.
         FormatError: the container holds one scheme, and the recipe asks for more.
     """
     layers: dict[str, LayerPlan] = {}
@@ -49,7 +49,6 @@ def decide_layers(
     _refuse_patterns(recipe, [linear.name for linear in linears], outside | alone)
     chosen = {linear.name: recipe.rule_for(linear.name) for linear in linears}
     _refuse_groups(linears, chosen)
-    _refuse_static(recipe)
     common_group = None if fmt.holds_mixed else _common_group(linears, chosen)
     for linear in linears:
         rule = chosen[linear.name]
@@ -101,13 +100,6 @@ def _refuse_groups(linears: list[Linear], chosen: dict[str, Rule | None]) -> Non
                 f"use {' or '.join([*works, '-1 (one scale a channel)'])}, give them a scheme of their own with --override, "
                 "or leave the group size out: every layer then takes the largest that fits"
             )
-
-
-def _refuse_static(recipe: Recipe) -> None:
-    for scheme in (parse_scheme(name) for name in (*(rule.scheme for rule in recipe.rules), recipe.fallback)):
-        if scheme.activation is not None and scheme.activation.is_static:
-            instead = "fp8-dynamic and fp8-tensor measure it at run time"
-            raise RecipeError(f"{scheme.name} has a calibrated scale for inputs, which is not made yet; {instead}")
 
 
 def _nothing_left(recipe: Recipe, left_alone: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint.writer import TensorPlan, planned_bytes
+from quantkit.conversion.input_scales import is_static
 from quantkit.conversion.layer_plan import LayerPlan, check_format, decide_layers
 from quantkit.conversion.recipe import Recipe
 from quantkit.core.scheme import Scheme
@@ -52,7 +53,12 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        return any(layer.rounding.needs_calibration or layer.transform is not None for layer in self.layers.values())
+        return self.has_static_inputs or any(layer.rounding.needs_calibration or layer.transform is not None for layer in self.layers.values())
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether layers' inputs are quantized by scales that calibration finds."""
+        return any(is_static(layer.scheme) for layer in self.layers.values())
 
     @cached_property
     def planned(self) -> dict[str, TensorPlan]:

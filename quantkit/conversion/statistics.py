@@ -73,6 +73,11 @@ class HessianCollector:
             total, largest = self._sizes.get(name, (none, none))
             self._sizes[name] = total + size.sum(0), torch.maximum(largest, size.amax(0))
 
+    def peaks(self) -> dict[str, float]:
+        """The largest magnitude at the input of each linear that a token reached, where sizes are recorded."""
+        largest = {owner: float(largest.max()) for owner, (_, largest) in (self._sizes or {}).items()}
+        return {name: largest[owner] for name, owner in self._owner.items() if owner in largest}
+
     def shared(self) -> Iterator[tuple[list[str], Statistics | None]]:
         """Groups of linears with one input and what was seen of it; None for linears that no token reached. Each is handed out once."""
         groups: dict[str, list[str]] = {}

@@ -7,7 +7,7 @@ their output on the calibration rows, it gets by running them again from what wa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from quantkit.checkpoint.ledger import Ledger
 from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.hidden_states import HiddenStates
+from quantkit.conversion.input_scales import input_scales, peaks_of
 from quantkit.conversion.plan import Plan
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import round_together
@@ -187,8 +188,8 @@ class CalibratedWork:
             for states in self.original + self.measured[:1]:
                 states.advance(self.runner, index)
             results = done if done is not None else self._quantize(index, block)
-            self._use_quantized(block, done is not None)
-            self._advance(index, block)
+            static_scales = self._use_quantized(block, done is not None)
+            self._advance(index, block, static_scales)
             self.runner.unload(block.path)
             give_back()
             self.place.listener.block(index, results, resumed=done is not None)
@@ -206,20 +207,23 @@ class CalibratedWork:
         self.runner.unload_outside()
 
     def _quantize(self, index: int, block: Block) -> list[LayerResult]:
-        wanted = set(self.place.layers_of(block))
+        wanted = self.place.layers_of(block)
         modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
         moved = self.place.plan.moved.get(block.path)
-        collector = HessianCollector(modules, sizes=moved is not None)
+        collector = HessianCollector(modules, sizes=moved is not None or self.place.plan.has_static_inputs)
         for batch in self.calibration.batches(self.runner, index):
             valid = self.calibration.rows.valid[batch]
             with collector.watching(valid), skipping_padding(block.module, valid):
                 self.calibration.through(self.runner, index, batch)
         place = self.place
         done = Transformed(place.source, collector.shared()) if moved is None else self._transform(index, block, collector)
+        peaks = collector.peaks() if moved is None else peaks_of(done.groups)
+        scales, notes = input_scales([place.plan.layers[name] for name in wanted], peaks, place.plan.format.scale_dtype(place.model_dtype))
         results, names = [], []
         for name, q, result in self._rounded(index, done, modules):
             result.transform = done.words.get(name)
-            names += place.write(name, q)
+            result.note = "; ".join(note for note in (result.note, notes.get(name)) if note) or None
+            names += place.write(name, replace(q, input_scale=scales.get(name)))
             results.append(result)
             place.listener.layer(result)
         for name in moved or ():
@@ -249,24 +253,29 @@ class CalibratedWork:
 
         return transform_block(block, architecture, place.plan, place.source, collector.shared(), run, place.model_dtype)
 
-    def _use_quantized(self, block: Block, resumed: bool) -> None:
-        """Put what was written, decoded, into the block; the same after a resume as in an undisturbed run."""
+    def _use_quantized(self, block: Block, resumed: bool) -> dict[str, Tensor]:
+        """Put what was written, decoded, into the block, and give the scales of static inputs; the same after a resume as without one."""
         if resumed:
             self.place.listener.stage("replaying finished blocks")
+        static_scales = {}
         for name, module in decoder_linears(block, self.runner.architecture.model).items():
             if name in self.place.plan.layers:
-                weight = self.place.read(name).dequantize(self.runner.dtype)
+                q = self.place.read(name)
+                if q.input_scale is not None:
+                    static_scales[name] = q.input_scale.to(self.runner.device)
+                weight = q.dequantize(self.runner.dtype)
                 weight = weight.T.contiguous() if self.place.plan.layers[name].linear.is_transposed else weight
                 module.weight.data = weight.to(self.runner.device)
         for path, parameter in block.module.named_parameters(block.path):
             name = self.runner.architecture.stored.find(path)
             if name in self.place.plan.moved.get(block.path, ()):
                 parameter.data = self.place.writer.read(name).to(self.runner.device, self.runner.dtype)
+        return static_scales
 
-    def _advance(self, index: int, block: Block) -> None:
+    def _advance(self, index: int, block: Block, static_scales: dict[str, Tensor]) -> None:
         modules = decoder_linears(block, self.runner.architecture.model)
         is_last = index + 1 == len(self.runner.architecture.blocks)
-        with fake_quantize_inputs(modules, self.schemes):
+        with fake_quantize_inputs(modules, self.schemes, static_scales):
             for states in ([] if is_last else [self.calibration]) + self.measured[1:]:
                 states.advance(self.runner, index)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 FUSED = {
@@ -12,11 +13,31 @@ FUSED = {
 """The joint name in an engine, by the name in a checkpoint."""
 
 
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.*)")
+
+
 def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
     """The layers among these that an engine joins, by the name it gives them; experts, which it joins in other ways, are left out."""
+    groups = _by_joint_name(name for name in names if ".experts." not in name)
+    return {name: members for name, members in groups.items() if len(members) > 1}
+
+
+def with_one_range(names: Iterable[str]) -> list[list[str]]:
+    """All layers, those together whose weights an engine reads with one scale a tensor: it joins them, an expert's own gate and up among them."""
+    return list(_by_joint_name(names).values())
+
+
+def with_one_input_scale(names: Iterable[str]) -> list[list[str]]:
+    """All layers, those together for whose inputs an engine has one scale: what it joins, and the same matrix of every expert of a layer."""
+    groups: dict[str, list[str]] = {}
+    for joint, members in _by_joint_name(names).items():
+        groups.setdefault(_EXPERT.sub(r"\1.\2", joint), []).extend(members)
+    return list(groups.values())
+
+
+def _by_joint_name(names: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        if leaf in FUSED and ".experts." not in name:
-            groups.setdefault(f"{parent}.{FUSED[leaf]}", []).append(name)
-    return {name: members for name, members in groups.items() if len(members) > 1}
+        groups.setdefault(f"{parent}.{FUSED.get(leaf, leaf)}", []).append(name)
+    return groups
