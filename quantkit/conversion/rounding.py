@@ -13,6 +13,7 @@ from quantkit.conversion.report import LayerResult
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import CalibrationError, SourceError
 from quantkit.formats.base import Format
+from quantkit.formats.fusion import with_one_range
 from quantkit.methods.base import Rounding, Statistics
 from quantkit.methods.registry import get_rounding
 from quantkit.models.streaming import Weights
@@ -21,10 +22,35 @@ MIN_TOKENS = 32
 """Fewer tokens than this say nothing of a layer's input (experts that calibration hardly reached)."""
 
 
+def shared_ranges(names: list[str], plan: Plan, weights: Weights) -> dict[str, float]:
+    """The largest weight of each of these layers and of those an engine joins it with, where a scale of the tensor depends on it.
+
+    One weight is in memory at a time. Layers that are joined with none like them have no entry: their range is their own.
+    """
+    ranges = {}
+    for joined in with_one_range(name for name in names if _shares_range(plan.layers[name])):
+        kinds: dict[tuple[str, Rounding], list[str]] = {}
+        for name in joined:
+            kinds.setdefault((plan.layers[name].scheme.name, plan.layers[name].rounding), []).append(name)
+        for alike in (names for names in kinds.values() if len(names) > 1):
+            largest = max(float(finite_weight(plan.layers[name], weights).abs().max()) for name in alike)
+            ranges |= dict.fromkeys(alike, largest)
+    return ranges
+
+
+def _shares_range(layer: LayerPlan) -> bool:
+    return layer.scheme.weight is not None and layer.scheme.weight.shares_range
+
+
 def round_together(
-    names: list[str], plan: Plan, weights: Weights, statistics: Statistics | None, model_dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
-    """Quantize linears that read one input; those with one scheme and rounding are rounded as one tall matrix, if rows can be taken apart again."""
+    names: list[str], plan: Plan, weights: Weights, statistics: Statistics | None, model_dtype: torch.dtype, device: torch.device,
+    largest: float | None = None,
+) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:  # fmt: skip
+    """Quantize linears that read one input; those with one scheme and rounding are rounded as one tall matrix, if rows can be taken apart again.
+
+    Args:
+        largest: the largest weight of theirs and of layers that are rounded elsewhere and have one range with them; None where there are none.
+    """
     if statistics is not None and statistics.num_tokens < MIN_TOKENS:
         statistics = None
     kinds: dict[tuple[str, Rounding, str], list[str]] = {}
@@ -33,18 +59,19 @@ def round_together(
         alone = name if layer.scheme.weight is not None and layer.scheme.weight.is_flat else ""
         kinds.setdefault((layer.scheme.name, layer.rounding, alone), []).append(name)
     for alike in kinds.values():
-        yield from _round_alike([plan.layers[name] for name in alike], plan, weights, statistics, model_dtype, device)
+        yield from _round_alike([plan.layers[name] for name in alike], plan, weights, statistics, model_dtype, device, largest)
 
 
 def _round_alike(
-    layers: list[LayerPlan], plan: Plan, weights: Weights, statistics: Statistics | None, model_dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
+    layers: list[LayerPlan], plan: Plan, weights: Weights, statistics: Statistics | None, model_dtype: torch.dtype, device: torch.device,
+    largest: float | None,
+) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:  # fmt: skip
     first = layers[0]
     spec = first.scheme.weight
     assert spec is not None
     parts = [finite_weight(layer, weights).to(device) for layer in layers]
     rounding, note = affordable(first.rounding, statistics, parts[0].shape[1])
-    stacked = torch.cat(parts)
+    stacked = torch.cat(parts if largest is None else [*parts, _row_of(largest, parts[0])])
     try:
         rounded = rounding(stacked, spec, plan.format.scale_dtype(model_dtype), statistics)
     except CalibrationError as error:
@@ -59,6 +86,13 @@ def _round_alike(
             None if statistics is None else statistics.num_tokens, "; ".join(n for n in (layer.note, note) if n) or None,
         )  # fmt: skip
         yield layer.linear.name, q, result
+
+
+def _row_of(largest: float, weight: Tensor) -> Tensor:
+    """A row [1, K] beside a weight that reaches as far as all its range is shared with; nothing else of it touches other rows."""
+    row = torch.zeros_like(weight[:1])
+    row[0, 0] = largest
+    return row
 
 
 def affordable(rounding: Rounding, statistics: Statistics | None, num_inputs: int) -> tuple[Rounding, str | None]:

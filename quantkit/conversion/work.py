@@ -22,13 +22,14 @@ from quantkit.conversion.hidden_states import HiddenStates
 from quantkit.conversion.input_scales import input_scales, peaks_of
 from quantkit.conversion.plan import Plan
 from quantkit.conversion.report import LayerResult
-from quantkit.conversion.rounding import round_together
+from quantkit.conversion.rounding import round_together, shared_ranges
 from quantkit.conversion.statistics import HessianCollector
 from quantkit.conversion.transforms import Transformed, transform_block
 from quantkit.conversion.tuning import Rounded, TunedBlock, tuning_of
 from quantkit.core.divergence import Divergence, DivergenceResult
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import SourceError
+from quantkit.formats.fusion import joint_name
 from quantkit.methods.tuned import Tuned
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
@@ -151,8 +152,10 @@ def round_without_data(place: Workplace, blocks: list[Block]) -> list[LayerResul
 
 def _round_block(place: Workplace, block: Block) -> list[LayerResult]:
     results, names = [], []
-    for layer in place.layers_of(block):
-        for name, q, result in round_together([layer], place.plan, place.source, None, place.model_dtype, place.device):
+    layers = place.layers_of(block)
+    ranges = shared_ranges(layers, place.plan, place.source)
+    for layer in layers:
+        for name, q, result in round_together([layer], place.plan, place.source, None, place.model_dtype, place.device, ranges.get(layer)):
             names += place.write(name, q)
             results.append(result)
             place.listener.layer(result)
@@ -234,7 +237,8 @@ class CalibratedWork:
     def _rounded(self, index: int, done: Transformed, modules: dict[str, nn.Module]) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
         place, to_tune = self.place, {}
         for group, statistics in done.groups:
-            for name, q, result in round_together(group, place.plan, done.weights, statistics, place.model_dtype, place.device):
+            largest = self._shared_range(group[0], modules, done.weights) if statistics is None else None
+            for name, q, result in round_together(group, place.plan, done.weights, statistics, place.model_dtype, place.device, largest):
                 if statistics is not None and result.rounding == Tuned.__name__:
                     to_tune[name] = Rounded(place.plan.layers[name], q, result, statistics)
                 else:
@@ -243,6 +247,11 @@ class CalibratedWork:
             self.runner.load(self.runner.architecture.blocks[index].path, done.weights)  # with its norms as transforms left them
             tuning = TunedBlock(self.runner, index, self.calibration, self.original[0])
             yield from tuning.tune(to_tune, modules, done.weights, self.tuned, place.listener.stage)
+
+    def _shared_range(self, name: str, modules: dict[str, nn.Module], weights: Weights) -> float | None:
+        """Of a layer that no token reached, which therefore was not found to read one input with those it is joined with."""
+        joined = [other for other in modules if joint_name(other) == joint_name(name)]
+        return shared_ranges(joined, self.place.plan, weights).get(name)
 
     def _transform(self, index: int, block: Block, collector: HessianCollector) -> Transformed:
         few = slice(0, 1), slice(0, _PROBED_TOKENS)

@@ -22,6 +22,12 @@ def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
     return {name: members for name, members in groups.items() if len(members) > 1}
 
 
+def joint_name(name: str) -> str:
+    """What a layer is called once it is joined with others; its own name where it is not."""
+    parent, _, leaf = name.rpartition(".")
+    return f"{parent}.{FUSED.get(leaf, leaf)}"
+
+
 def with_one_range(names: Iterable[str]) -> list[list[str]]:
     """All layers, those together whose weights an engine reads with one scale a tensor: it joins them, an expert's own gate and up among them."""
     return list(_by_joint_name(names).values())
@@ -38,6 +44,5 @@ def with_one_input_scale(names: Iterable[str]) -> list[list[str]]:
 def _by_joint_name(names: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        parent, _, leaf = name.rpartition(".")
-        groups.setdefault(f"{parent}.{FUSED.get(leaf, leaf)}", []).append(name)
+        groups.setdefault(joint_name(name), []).append(name)
     return groups

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
@@ -76,3 +76,62 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, launch: 
 
     assert 0 < grown[0] < 80e6, grown
     assert grown[1] - grown[0] < 8e6, grown  # eight more layers have 104 MB
+
+
+JOINED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+
+
+def stored_of(out: Path, source: Path, layer: int, names: tuple[str, ...], part: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """A part of each of these layers, and their weights as one."""
+    tensors, originals = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
+    names = tuple(f"model.layers.{layer}.{name}" for name in names)
+    return [tensors[f"{name}.{part}"] for name in names], torch.cat([originals[f"{name}.weight"].float() for name in names])
+
+
+@pytest.mark.parametrize("names", JOINED, ids=["qkv", "gate and up"])
+def test_layers_that_engines_join_share_nvfp4s_global_scale(names: tuple[str, ...], tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "tiny")
+
+    convert(str(source), tmp_path / "out", options("nvfp4"))
+
+    scales, joint = stored_of(tmp_path / "out", source, 1, names, "weight_global_scale")
+    assert [scale.item() for scale in scales] == pytest.approx([448 * 6 / joint.abs().max().item()] * len(names), rel=1e-6)
+
+
+@pytest.mark.parametrize("names", JOINED, ids=["qkv", "gate and up"])
+def test_layers_that_engines_join_share_an_fp8_scale_and_codes_follow_it(names: tuple[str, ...], tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "tiny", dtype=torch.bfloat16)
+
+    convert(str(source), tmp_path / "out", options("fp8-dynamic", overrides=(".*=fp8-tensor",)))
+
+    scales, joint = stored_of(tmp_path / "out", source, 0, names, "weight_scale")
+    codes, _ = stored_of(tmp_path / "out", source, 0, names, "weight")
+    expected = (joint.abs().amax() / 448).bfloat16()
+    assert all(torch.equal(scale, expected.reshape(1)) for scale in scales)
+    assert torch.equal(torch.cat(codes).float(), (joint / expected.float()).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+
+def test_what_stands_alone_or_has_another_scheme_keeps_its_own_range(tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "tiny")
+
+    convert(str(source), tmp_path / "out", options("nvfp4", overrides=("q_proj=fp8-tensor",)))
+
+    for names in (("self_attn.o_proj",), ("self_attn.k_proj", "self_attn.v_proj")):
+        scales, joint = stored_of(tmp_path / "out", source, 0, names, "weight_global_scale")
+        assert [scale.item() for scale in scales] == pytest.approx([448 * 6 / joint.abs().max().item()] * len(names), rel=1e-6)
+    (scale,), weight = stored_of(tmp_path / "out", source, 0, ("self_attn.q_proj",), "weight_scale")
+    assert torch.equal(scale, (weight.abs().amax() / 448).half().reshape(1))
+
+
+def test_an_experts_gate_and_up_share_too(tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "moe", family="mixtral", num_local_experts=3, num_experts_per_tok=1)
+    originals = load_file(source / "model.safetensors")
+
+    convert(str(source), tmp_path / "out", options("nvfp4"))
+
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    modules = sorted(name.removesuffix(".w1.weight") for name in originals if name.endswith(".w1.weight"))
+    assert len(modules) == 6
+    largest = [max(originals[f"{module}.{w}.weight"].abs().max().item() for w in ("w1", "w3")) for module in modules]
+    for w in ("w1", "w3"):
+        assert [tensors[f"{module}.{w}.weight_global_scale"].item() for module in modules] == pytest.approx([448 * 6 / top for top in largest])
