@@ -17,6 +17,7 @@ from quantkit.cli.allocation import allocation_line, show_allocation
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult, figure
+from quantkit.formats.kv_scales import KV_CACHES, in_words
 from quantkit.formats.summary import summarize
 
 console = Console(stderr=True, highlight=False, markup=False)
@@ -77,6 +78,8 @@ def show_plan(prepared: Prepared) -> None:
         f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, "
         f"{plan.linear_bpw:.3f} bits per weight in quantized layers, {plan.file_bpw:.3f} over the file"
     )
+    if plan.kv_cache is not None:
+        results.print(f"KV cache: {in_words(KV_CACHES[plan.kv_cache.name])}, for {len(plan.kv_cache.layers)} layers")
     data = prepared.options.calibration
     if prepared.needs_measurement:
         results.print("a measurement is needed before schemes can be chosen; layers and size above are a stand-in for the choice")
@@ -95,7 +98,10 @@ def show_report(report: ConversionReport) -> None:
     table.add_row("bits per weight", f"{report.linear_bpw:.3f} in quantized layers, {report.file_bpw:.3f} over the file")
     table.add_row("time", f"{report.seconds:.1f} s")
     table.add_row("peak memory", _megabytes(report.peak_memory_bytes))
-    table.add_row("layer error", f"mean {report.mean_error:.2e}, worst {report.worst.error:.2e} ({report.worst.name})")
+    if report.worst is not None:
+        table.add_row("layer error", f"mean {report.mean_error:.2e}, worst {report.worst.error:.2e} ({report.worst.name})")
+    if report.kv_cache:
+        table.add_row("KV cache", report.kv_cache)
     if report.allocation:
         table.add_row("allocation", allocation_line(report.allocation))
     if report.divergence:

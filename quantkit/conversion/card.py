@@ -24,8 +24,11 @@ def model_card(report: ConversionReport, base_model: str, front_matter: dict[str
         ("container", report.format),
         ("size", f"{report.bytes_before / 1e6:,.1f} MB -> {report.bytes_after / 1e6:,.1f} MB"),
         ("bits per weight", f"{report.linear_bpw:.3f} in quantized layers, {report.file_bpw:.3f} over the file"),
-        ("mean / worst layer error", f"{report.mean_error:.2e} / {report.worst.error:.2e} ({report.worst.name})"),
     ]
+    if report.worst is not None:
+        rows.append(("mean / worst layer error", f"{report.mean_error:.2e} / {report.worst.error:.2e} ({report.worst.name})"))
+    if report.kv_cache:
+        rows.append(("KV cache", report.kv_cache))
     if report.calibration:
         rows.append(("calibration", report.calibration.removeprefix("calibration: ")))
     if report.divergence:

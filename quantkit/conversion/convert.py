@@ -120,10 +120,11 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
         "layout": calibration.layout, "calibration rows": rows.fingerprint,
     }  # fmt: skip
     names = " ".join(f"{name}={layer.scheme.name}" for name, layer in prepared.plan.layers.items())
+    cache = {} if prepared.plan.kv_cache is None else {"KV cache": prepared.plan.kv_cache.name}
     chosen = {} if prepared.allocation is None else {"allocated schemes": hashlib.sha256(names.encode()).hexdigest()[:16]}
     return {
         "source fingerprint": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.name, **rules, "fallback": prepared.recipe.fallback,
-        "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen,
+        "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen, **cache,
         "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
     }  # fmt: skip

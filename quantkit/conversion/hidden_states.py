@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from quantkit.models.streaming import BlockRunner, Place
 TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 8192}
 """What a CPU's caches hold is faster: stories3m took 15% longer at 8192."""
 IN_MEMORY_BYTES = 4 << 30
+
+Watching = Callable[[Tensor], AbstractContextManager[None]]
 
 
 def spilled_bytes(num_tokens: int, width: int, dtype: torch.dtype) -> int:
@@ -45,10 +49,15 @@ class HiddenStates:
         for batch in self.batches(runner, None):
             self.states[batch] = runner.embed(self.rows.input_ids[batch], self.rows.position_ids[batch])
 
-    def advance(self, runner: BlockRunner, index: int) -> None:
-        """Replace every row by what block `index`, with the weights it has now, makes of it."""
+    def advance(self, runner: BlockRunner, index: int, watching: Watching | None = None) -> None:
+        """Replace every row by what block `index`, with the weights it has now, makes of it.
+
+        Args:
+            watching: given what of a batch is no padding, bool [B, T]; its body is the batch's forward pass.
+        """
         for batch in self.batches(runner, index):
-            self.states[batch] = self.through(runner, index, batch).to(self.states.device)
+            with nullcontext() if watching is None else watching(self.rows.valid[batch]):
+                self.states[batch] = self.through(runner, index, batch).to(self.states.device)
 
     def through(self, runner: BlockRunner, index: int, batch: Place) -> Tensor:
         return runner.block(index, self.states[batch], self.rows.input_ids[batch], self.rows.position_ids[batch])

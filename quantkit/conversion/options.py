@@ -9,6 +9,7 @@ import torch
 from quantkit.conversion.budget import Budget, read_budget
 from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.errors import UsageError, did_you_mean
+from quantkit.formats.kv_scales import kv_cache_name
 from quantkit.formats.registry import get_format
 from quantkit.given import require_types
 
@@ -26,6 +27,7 @@ class ConvertOptions:
         target_bpw: choose schemes by measurement so that the quantized linears come to at most this many bits a weight; "file:4.5" counts all files.
         max_kl: the same, with the fewest bits whose KL divergence on held-out rows is at most this.
         allocation: a file, or the folder of an earlier conversion, whose measurement is used in place of a new one; a new name gets the new one.
+        kv_cache: calibrate scales for a KV cache, "fp8" with one a tensor or "fp8-head" with one a head; "none" where the recipe does and this must not.
         requantize: take an already quantized source, decoded, as the original.
         measure: perplexity and KL on held-out calibration rows; only calibrated recipes have any.
     """
@@ -39,6 +41,7 @@ class ConvertOptions:
     target_bpw: float | int | str | None = None
     max_kl: float | int | None = None
     allocation: str | None = None
+    kv_cache: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     max_shard_size: int = 5_000_000_000
@@ -58,6 +61,7 @@ class ConvertOptions:
         if self.max_shard_size < 1:
             raise UsageError(f"max_shard_size is {self.max_shard_size}; give a size such as 5GB")
         get_format(self.format)
+        kv_cache_name(self.kv_cache)
         read_budget(self.target_bpw, self.max_kl)
         if self.max_kl is not None and not self.measure:
             raise UsageError("max-kl is kept to by measuring, which measure=False (--no-measure) turns off; leave one of them out")

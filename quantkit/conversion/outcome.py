@@ -19,6 +19,7 @@ from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult
 from quantkit.conversion.rows import account
 from quantkit.core.divergence import DivergenceResult
+from quantkit.formats.kv_scales import KV_CACHES, in_words
 
 REPORT_FILE, RECIPE_FILE, CARD_FILE = "quantkit_report.json", "recipe.yaml", "README.md"
 _OWN_FILES = (CARD_FILE, REPORT_FILE, RECIPE_FILE, ALLOCATION_FILE, PICTURE_FILE)
@@ -34,6 +35,7 @@ def make_report(
         source=prepared.origin.given, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results,
         left_alone=plan.left_alone, bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw,
         file_bpw=plan.file_bpw, seconds=seconds, peak_memory_bytes=peak_memory(),
+        kv_cache=None if plan.kv_cache is None else in_words(KV_CACHES[plan.kv_cache.name]),
         calibration=account(rows, prepared.options) if rows else None, divergence=divergence.to_dict() if divergence else None,
         versions={name: version(name) for name in ("quantkit", "torch", "transformers")}, notes=[*plan.notes, *_without_place(results)],
         left_behind=[path.as_posix() for path in behind], allocation=allocation,
@@ -59,6 +61,8 @@ def write_side_files(prepared: Prepared, partial: Path, report: ConversionReport
     if prepared.options.dtype != "auto":
         config |= {"dtype": prepared.options.dtype} | ({"torch_dtype": prepared.options.dtype} if "torch_dtype" in config else {})
     config["quantization_config"] = prepared.plan.format.config(prepared.plan.schemes, prepared.plan.ignored)
+    if prepared.plan.kv_cache is not None:
+        config["quantization_config"]["kv_cache_scheme"] = dict(KV_CACHES[prepared.plan.kv_cache.name])
     _write_text(partial / RECIPE_FILE, prepared.recipe.to_yaml())
     _write_text(partial / CARD_FILE, model_card(report, prepared.origin.name, kept_front_matter(prepared.origin.folder / CARD_FILE)))
     _write_text(partial / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")

@@ -14,10 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint.writer import TensorPlan, planned_bytes
 from quantkit.conversion.input_scales import is_static
+from quantkit.conversion.kv_cache import KVCachePlan, plan_kv_cache
 from quantkit.conversion.layer_plan import LayerPlan, check_format, decide_layers
 from quantkit.conversion.recipe import Recipe
 from quantkit.core.scheme import Scheme
 from quantkit.formats.base import Format, plan_shapes
+from quantkit.formats.kv_scales import kv_scale_names
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import get_format
 from quantkit.models.architecture import Architecture
@@ -32,6 +34,7 @@ class Plan:
         left_alone: matrices that keep their type, embeddings aside, with the reason.
         tensors: every output tensor in the order of the file.
         carried: dense names copied as they are (cast to `dtype` when one is given).
+        kv_cache: the scales of a KV cache to be calibrated, or None.
         moved: for every block with a transform, by path, the unquantized tensors of its own, which are written with its layers: a transform may
             be folded into them.
         max_shard_size: bytes of one weight file.
@@ -50,10 +53,13 @@ class Plan:
     parameters: int = 0
     notes: list[str] = field(default_factory=list)
     moved: dict[str, list[str]] = field(default_factory=dict)
+    kv_cache: KVCachePlan | None = None
 
     @property
     def needs_calibration(self) -> bool:
-        return self.has_static_inputs or any(layer.rounding.needs_calibration or layer.transform is not None for layer in self.layers.values())
+        if self.kv_cache is not None or self.has_static_inputs:
+            return True
+        return any(layer.rounding.needs_calibration or layer.transform is not None for layer in self.layers.values())
 
     @property
     def has_static_inputs(self) -> bool:
@@ -95,6 +101,7 @@ class Plan:
         }
         return {
             "format": self.format.name, "layers": layers, "left_alone": self.left_alone, "needs_calibration": self.needs_calibration,
+            "kv_cache": None if self.kv_cache is None else self.kv_cache.name,
             "bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "linear_bpw": self.linear_bpw, "file_bpw": self.file_bpw,
         }  # fmt: skip
 
@@ -118,13 +125,16 @@ def make_plan(
     check_format(fmt, layers)
     ignored = _ignored_linears(architecture, layers) | {name for name in unbuilt if f"{name}.weight" in source}
     plan = Plan(fmt, layers, left_alone, sorted(ignored), [], [], source.reader.total_bytes, max_shard_size)
+    if recipe.kv_cache_scheme is not None:
+        plan.kv_cache = plan_kv_cache(recipe.kv_cache_scheme, architecture, fmt)
     model_dtype = dtype or source.dtype
     conv1d = {linear.name for block in architecture.blocks for linear in block.linears if linear.is_transposed}
+    old_scales = {name for names in kv_scale_names(architecture).values() for name in names if name is not None}
     for name in _in_file_order(source):
         module = name.removesuffix(".weight")
         if module in layers and name.endswith(".weight"):
             _plan_layer(plan, layers[module], model_dtype)
-        else:
+        elif name not in old_scales:
             info = source.reader.info(name) if name in source.reader else None
             kept = info.dtype if info is not None else model_dtype
             shape = tuple(info.shape) if info is not None else source.quantized(module).shape
@@ -133,6 +143,11 @@ def make_plan(
             plan.tensors.append(TensorPlan(name, dtype if dtype is not None and kept.is_floating_point else kept, shape))
             plan.carried.append(name)
             plan.parameters += torch.Size(shape).numel()
+    if plan.kv_cache is not None:
+        plan.tensors += plan.kv_cache.tensors(fmt.scale_dtype(model_dtype))
+    if old_scales:
+        instead = "new ones are calibrated" if plan.kv_cache is not None else "--kv-cache calibrates new ones"
+        plan.notes.append(f"the source's {len(old_scales)} scales of its KV cache are left out, as they are of its own layers; {instead}")
     _move(plan, architecture)
     return plan
 

@@ -53,7 +53,7 @@ def check_output(source: str, out: Path, options: ConvertOptions) -> None:
 def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     """Read headers and decide everything; raises the error of whatever cannot be done."""
     recipe = Recipe.load(options.recipe).changed(
-        overrides=options.overrides, ignore=options.ignore, group_size=options.group_size, budget=options.budget
+        overrides=options.overrides, ignore=options.ignore, group_size=options.group_size, budget=options.budget, kv_cache=options.kv_cache
     )
     if options.allocation is not None and recipe.allocate is None:
         raise UsageError(f"allocation {options.allocation} is given and no budget; add --target-bpw or --max-kl, or take a recipe that allocates")

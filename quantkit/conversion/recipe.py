@@ -16,6 +16,7 @@ from quantkit.conversion.budget import Allocate, Budget, checked_candidates
 from quantkit.core.scheme import CHANNEL, Scheme
 from quantkit.core.scheme_names import parse_scheme, takes_group, with_group
 from quantkit.errors import RecipeError, UsageError, did_you_mean
+from quantkit.formats.kv_scales import kv_cache_name
 from quantkit.paths import packaged
 
 
@@ -72,6 +73,7 @@ class Recipe(BaseModel):
     Attributes:
         fallback: the scheme of layers that no group size fits, rounded as their rule says; "none" leaves them as they are.
         allocate: choose schemes by measurement; those of the rules then only say which family, and how layers are rounded.
+        kv_cache_scheme: a KV cache to calibrate scales for, "fp8" or "fp8-head", or the mapping that a checkpoint's config has of it; "none" for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +83,12 @@ class Recipe(BaseModel):
     rules: tuple[Rule, ...] = Field(min_length=1)
     fallback: str = "w8a16-channel"
     allocate: Allocate | None = None
+    kv_cache_scheme: str | None = None
+
+    @field_validator("kv_cache_scheme", mode="before")
+    @classmethod
+    def _can_be_calibrated(cls, value: Any) -> str | None:
+        return kv_cache_name(value)
 
     @field_validator("fallback")
     @classmethod
@@ -125,8 +133,9 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
     def changed(
-        self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None, budget: Budget | None = None
-    ) -> Recipe:
+        self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None, budget: Budget | None = None,
+        kv_cache: str | None = None,
+    ) -> Recipe:  # fmt: skip
         """This recipe with the command line's wishes in front.
 
         Args:
@@ -134,6 +143,7 @@ class Recipe(BaseModel):
             ignore: patterns of layers that keep their own type.
             group_size: for every quantized rule and every override that names no group; strict, as is a group named in an override.
             budget: for an allocation, in place of the recipe's own; what is overridden is then fixed.
+            kv_cache: in place of the recipe's own, "none" for none.
 
         Raises:
             UsageError: an override or pattern is not valid, or a rule's activations are quantized, whose weights have one scale a channel.
@@ -157,7 +167,8 @@ class Recipe(BaseModel):
             allocate = self._allocating(group_size, budget)
             if allocate is not None:
                 front = [rule.model_copy(update={"candidates": ()}) for rule in front]
-            return self.model_copy(update={"rules": tuple(front + rules), "allocate": allocate})
+            kept = {"kv_cache_scheme": self.kv_cache_scheme if kv_cache is None else kv_cache_name(kv_cache)}
+            return self.model_copy(update={"rules": tuple(front + rules), "allocate": allocate} | kept)
         except RecipeError as error:  # the same words stand for a recipe's own content where that is wrong
             raise UsageError(str(error)) from error
 

@@ -45,6 +45,8 @@ class ConversionReport:
     notes: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
     """Files of the source that the output lacks, or has of its own under the same name."""
+    kv_cache: str | None = None
+    """The cache whose scales were calibrated, in words."""
     allocation: dict[str, Any] | None = None
     """Where schemes were chosen by measurement: budget, choice by unit, predicted and measured KL, and what other sizes would do."""
 
@@ -53,11 +55,12 @@ class ConversionReport:
         return sum(layer.error for layer in self.layers) / max(1, len(self.layers))
 
     @property
-    def worst(self) -> LayerResult:
-        return max(self.layers, key=lambda layer: layer.error)
+    def worst(self) -> LayerResult | None:
+        """None where no layer was quantized."""
+        return max(self.layers, key=lambda layer: layer.error, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"mean_error": self.mean_error, "worst_layer": self.worst.name}
+        return asdict(self) | {"mean_error": self.mean_error, "worst_layer": self.worst and self.worst.name}
 
 
 def figure(value: float | None, digits: int = 4) -> str:

@@ -7,7 +7,9 @@ their output on the calibration rows, it gets by running them again from what wa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.hidden_states import HiddenStates
 from quantkit.conversion.input_scales import input_scales, peaks_of
+from quantkit.conversion.kv_cache import KVPeaks
 from quantkit.conversion.plan import Plan
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import round_together, shared_ranges
@@ -30,11 +33,13 @@ from quantkit.core.divergence import Divergence, DivergenceResult
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import SourceError
 from quantkit.formats.fusion import joint_name
+from quantkit.formats.kv_scales import rounded_states
 from quantkit.methods.tuned import Tuned
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows, logit_places
 from quantkit.models.experts import skipping_padding
+from quantkit.models.kv_states import handling_keys_and_values
 from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
 
 _LOOKED_AT_ONCE = 1 << 24
@@ -282,11 +287,39 @@ class CalibratedWork:
         return static_scales
 
     def _advance(self, index: int, block: Block, static_scales: dict[str, Tensor]) -> None:
-        modules = decoder_linears(block, self.runner.architecture.model)
+        modules, kv_cache = decoder_linears(block, self.runner.architecture.model), self.place.plan.kv_cache
         is_last = index + 1 == len(self.runner.architecture.blocks)
+        unit = f"{block.path}.kv_cache"
+        watching = None
+        if kv_cache is not None and self.place.finished(unit) is None:
+            peaks = KVPeaks()
+            watching = partial(peaks.watching, block.module)
         with fake_quantize_inputs(modules, self.schemes, static_scales):
-            for states in ([] if is_last else [self.calibration]) + self.measured[1:]:
-                states.advance(self.runner, index)
+            if watching is not None or not is_last:
+                self.calibration.advance(self.runner, index, watching)
+            if watching is not None:
+                self._write_kv_scales(unit, block, peaks)
+            with self._cached(block):
+                for states in self.measured[1:]:
+                    states.advance(self.runner, index)
+
+    def _write_kv_scales(self, unit: str, block: Block, peaks: KVPeaks) -> None:
+        place, plan = self.place, self.place.plan.kv_cache
+        assert plan is not None
+        written = []
+        for layer in plan.layers_of(block.module):
+            for name, scale in peaks.scales(plan, layer, place.plan.format.scale_dtype(place.model_dtype)).items():
+                place.writer.add(name, scale)
+                written.append(name)
+        place.finish(unit, [], written)
+
+    def _cached(self, block: Block) -> AbstractContextManager[None]:
+        """Keys and values go through the cache that the output asks for."""
+        plan, read = self.place.plan.kv_cache, self.place.writer.read
+        if plan is None:
+            return nullcontext()
+        scales = {layer: tuple(read(name).float().flatten() for name in plan.layers[layer]) for layer in plan.layers_of(block.module)}
+        return handling_keys_and_values(block.module, partial(rounded_states, scales))
 
     def _measure(self) -> DivergenceResult | None:
         if self.held_out is None:

@@ -71,7 +71,7 @@ class CompressedTensors:
         layouts = sorted({g["format"] for g in groups.values()})
         return {
             "quant_method": "compressed-tensors",
-            "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
+            "format": layouts[0] if len(layouts) == 1 else "mixed-precision" if layouts else "dense",
             "quantization_status": "compressed",
             "version": VERSION,
             "global_compression_ratio": None,

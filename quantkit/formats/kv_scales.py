@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import CheckpointError
+from quantkit.core.activations import fake_quantize
+from quantkit.core.scheme import ActivationSpec
+from quantkit.errors import CheckpointError, RecipeError, did_you_mean
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture
 from quantkit.models.names import KV_SCALES, kv_scale_name
 
 _STRATEGIES = {"tensor": "one scale a tensor", "attn_head": "one scale a head"}
+_FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+KV_CACHES = {"fp8": _FP8, "fp8-head": _FP8 | {"strategy": "attn_head"}}
+"""The caches that can be calibrated, as `kv_cache_scheme` describes them."""
+NO_KV_CACHE = "none"
+HOLDS_KV_SCALES = ("compressed-tensors",)
+"""Containers whose configuration can ask for such a cache; engines look at no scales beside the weights of others, or take them for strays."""
+
+_CACHED = ActivationSpec(kind="e4m3", group=None, is_static=True)
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +79,35 @@ def in_words(scheme: Mapping[str, Any]) -> str:
     return f"{name}, {scales}" + ("" if scheme.get("symmetric", True) else ", asymmetric")
 
 
+def kv_cache_name(asked: str | Mapping[str, Any] | None) -> str | None:
+    """Which cache is meant by its name or by the keys of a `kv_cache_scheme`; None for none.
+
+    Raises:
+        RecipeError: it is none that can be calibrated.
+    """
+    if asked is None or asked == NO_KV_CACHE:
+        return None
+    if isinstance(asked, Mapping):
+        for name, scheme in KV_CACHES.items():
+            if scheme == {**_FP8, **asked}:
+                return name
+        raise RecipeError(f"a KV cache of {dict(asked)} cannot be calibrated; those that can are {', '.join(f'{n}: {s}' for n, s in KV_CACHES.items())}")
+    if asked not in KV_CACHES:
+        raise RecipeError(f"unknown KV cache {asked!r}; {did_you_mean(str(asked), [*KV_CACHES, NO_KV_CACHE])}")
+    return asked
+
+
+def num_kv_heads(architecture: Architecture) -> int:
+    text = architecture.config.get_text_config()
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+def rounded_states(scales: Mapping[int, tuple[Tensor, Tensor]], layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, heads, T, D] as an FP8 cache at these scales, [1] or [heads], gives them back."""
+    of_keys, of_values = (scale.to(keys.device, keys.dtype).view(-1, 1, 1) for scale in scales[layer])
+    return fake_quantize(keys, _CACHED, of_keys), fake_quantize(values, _CACHED, of_values)
+
+
 def is_kv_scale(name: str) -> bool:
     """Whether a stored tensor has such a name, in one of the spellings that are in use."""
     return kv_scale_name(name).endswith(tuple(f".{leaf}" for leaf in KV_SCALES))
@@ -87,9 +126,8 @@ def kv_scale_names(architecture: Architecture) -> dict[int, tuple[str | None, st
 def kv_scale_problems(opened: OpenedCheckpoint, architecture: Architecture) -> list[str]:
     """Scales that are absent beside others, of a shape that is neither one value nor one a head, or that divide by nothing."""
     names, problems = kv_scale_names(architecture), []
-    text = architecture.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    for layer in range(text.num_hidden_layers if names else 0):
+    heads = num_kv_heads(architecture) if names else 0
+    for layer in range(architecture.config.get_text_config().num_hidden_layers if names else 0):
         for leaf, name in zip(KV_SCALES, names.get(layer, (None, None)), strict=True):
             if name is None:
                 problems.append(f"layer {layer} has no {leaf}, and others have one")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from quantkit.formats.kv_scales import read_kv_scales, rounded_states
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.compare import StreamedModel
@@ -36,7 +38,10 @@ def transposed_layers(architecture: Architecture) -> set[str]:
 
 
 def streamed(opened: OpenedCheckpoint, architecture: Architecture, label: str) -> StreamedModel:
-    return StreamedModel(architecture, FileOrder(opened, architecture), opened.schemes, label, opened.static_scales())
+    """With inputs and the KV cache rounded as the checkpoint asks for; a cache without stored scales, or of a kind that is not read, is not."""
+    kv = read_kv_scales(opened, architecture)
+    cached = partial(rounded_states, kv.layers) if kv.is_wanted and kv.layers and kv.refusal is None else None
+    return StreamedModel(architecture, FileOrder(opened, architecture), opened.schemes, label, opened.static_scales(), cached)
 
 
 def open_streamed(folder: Path, label: str, *, trust_remote_code: bool = False) -> StreamedModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from quantkit.core.scheme import Scheme
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Architecture
+from quantkit.models.kv_states import Handle, handling_keys_and_values
 from quantkit.models.streaming import BlockRunner, Place, Weights, decoder_linears
 
 _log = logging.getLogger("quantkit")
@@ -80,6 +81,7 @@ class StreamedModel:
         schemes: its quantized layers by checkpoint name; the inputs of those that quantize activations are quantized in the forward pass too.
         static_scales: the calibrated scale [1] of inputs that have one, by the same names.
         label: what to call it in progress and errors.
+        cached: what its KV cache makes of a layer's keys and values; None for a cache that keeps them as they are.
     """
 
     architecture: Architecture
@@ -87,6 +89,7 @@ class StreamedModel:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     label: str = "the model"
     static_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    cached: Handle | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -189,7 +192,8 @@ def _last_hidden(model: StreamedModel, runner: BlockRunner, rows: TokenRows, bat
     blocks = model.architecture.blocks
     for index, block in enumerate(blocks):
         runner.load(block.path, model.weights)
-        with fake_quantize_inputs(decoder_linears(block, model.architecture.model), model.schemes, model.static_scales):
+        cache = nullcontext() if model.cached is None else handling_keys_and_values(block.module, model.cached)
+        with cache, fake_quantize_inputs(decoder_linears(block, model.architecture.model), model.schemes, model.static_scales):
             for at in runner.places(index, positions, batch_size):
                 hidden[at] = runner.block(index, hidden[at], ids[at], positions[at]).cpu()
         runner.unload(block.path)
