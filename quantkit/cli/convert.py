@@ -109,7 +109,8 @@ def _settings(options: dict[str, Any]) -> ConvertOptions:
     return ConvertOptions(
         recipe=options["recipe"], format=options["format_name"], calibration=calibration, overrides=options["override"], ignore=options["ignore"],
         group_size=options["group_size"], target_bpw=options["target_bpw"], max_kl=options["max_kl"],
-        allocation=options["allocation"], kv_cache=options["kv_cache"], dtype=options["dtype"], device=options["device"], max_shard_size=options["max_shard_size"],
+        allocation=options["allocation"], kv_cache=options["kv_cache"], dtype=options["dtype"], device=options["device"],
+        max_shard_size=options["max_shard_size"],
         overwrite=options["overwrite"], fresh=options["fresh"], requantize=options["requantize"], measure=options["measure"],
         trust_remote_code=options["trust_remote_code"],
     )  # fmt: skip

@@ -124,7 +124,8 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
     chosen = {} if prepared.allocation is None else {"allocated schemes": hashlib.sha256(names.encode()).hexdigest()[:16]}
     return {
         "source fingerprint": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.name, **rules, "fallback": prepared.recipe.fallback,
-        "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen, **cache,
+        "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure,
+        **data, **chosen, **cache,
         "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
     }  # fmt: skip

@@ -66,7 +66,7 @@ def plan_kv_cache(name: str, architecture: Architecture, fmt: Format) -> KVCache
         raise RecipeError(f"layer {without[0]} of {type(architecture.model).__name__} keeps no keys and values; leave --kv-cache out")
     latent = [path for path, module in found.values() if getattr(module, "kv_lora_rank", None)]
     if latent:
-        raise RecipeError(f"engines keep latents of {latent[0]} in place of its keys and values, and have no such scales for them; leave --kv-cache out")
+        raise RecipeError(f"engines keep latents of {latent[0]} in place of keys and values, and have no scales for them; leave --kv-cache out")
     linears = {linear.path: linear.name for block in architecture.blocks for linear in block.linears}
     layers = {layer: _names(path, linears) for layer, (path, _) in sorted(found.items())}
     return KVCachePlan(name, num_kv_heads(architecture), layers)

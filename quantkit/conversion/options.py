@@ -27,7 +27,7 @@ class ConvertOptions:
         target_bpw: choose schemes by measurement so that the quantized linears come to at most this many bits a weight; "file:4.5" counts all files.
         max_kl: the same, with the fewest bits whose KL divergence on held-out rows is at most this.
         allocation: a file, or the folder of an earlier conversion, whose measurement is used in place of a new one; a new name gets the new one.
-        kv_cache: calibrate scales for a KV cache, "fp8" with one a tensor or "fp8-head" with one a head; "none" where the recipe does and this must not.
+        kv_cache: calibrate scales for a KV cache, "fp8" with one a tensor, "fp8-head" with one a head; "none" against a recipe that does.
         requantize: take an already quantized source, decoded, as the original.
         measure: perplexity and KL on held-out calibration rows; only calibrated recipes have any.
     """

@@ -73,7 +73,7 @@ class Recipe(BaseModel):
     Attributes:
         fallback: the scheme of layers that no group size fits, rounded as their rule says; "none" leaves them as they are.
         allocate: choose schemes by measurement; those of the rules then only say which family, and how layers are rounded.
-        kv_cache_scheme: a KV cache to calibrate scales for, "fp8" or "fp8-head", or the mapping that a checkpoint's config has of it; "none" for none.
+        kv_cache_scheme: the KV cache to calibrate scales for: "fp8", "fp8-head", the mapping that a checkpoint's config has of it, or "none".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -100,6 +100,8 @@ def _impossible(q: QuantizedTensor, act_order: bool) -> list[tuple[str, str]]:
         found.append(("scales", f"has {int((~torch.isfinite(scale)).sum())} scales that are not finite"))
     if (scale == 0).any():
         found.append(("scales", f"has {int((scale == 0).sum())} of {scale.numel()} scales that are zero"))
+    if q.input_scale is not None and not bool((q.input_scale.isfinite() & (q.input_scale > 0)).all()):
+        found.append(("scales", f"has the input scale {q.input_scale.item()}; it is finite and above 0"))
     if q.zero is not None and (int(q.zero.min()) < 0 or int(q.zero.max()) > q.spec.max_code):
         found.append(("zero points", f"has zero points from {int(q.zero.min())} to {int(q.zero.max())}; the codes end at {q.spec.max_code}"))
     if q.group_of_column is not None:

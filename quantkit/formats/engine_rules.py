@@ -10,6 +10,7 @@ import torch
 
 from quantkit.core.scheme import CHANNEL, Scheme
 from quantkit.formats.fusion import fused_groups
+from quantkit.formats.kv_scales import in_words, kv_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,26 @@ def marlin_only(stored: Stored) -> str | None:
     specs = [(layer.name, layer.scheme.weight) for layer in stored.layers if layer.scheme.weight]
     slow = [name for name, spec in specs if spec.bits not in (4, 8) or not spec.symmetric]
     return f"fast (Marlin) kernels are for 4 and 8-bit symmetric weights; {_some(slow)} others" if slow else None
+
+
+def fp8_kv_cache(stored: Stored) -> str | None:
+    """Where a KV cache is asked for, it is one of symmetric 8-bit floats."""
+    scheme = kv_scheme(stored.config)
+    if scheme is None or (scheme.get("num_bits"), scheme.get("type"), scheme.get("symmetric", True)) == (8, "float", True):
+        return None
+    return f"takes symmetric 8-bit floats for its KV cache, and the config asks for {in_words(scheme)}"
+
+
+def kv_cache_by_option(stored: Stored) -> str | None:
+    """A note: the scales wait for the user."""
+    asks = kv_scheme(stored.config) is not None
+    return "its KV cache is of the model's own type, and stored scales wait, until --kv-cache-dtype fp8_e4m3 is given" if asks else None
+
+
+def kv_cache_ignored(stored: Stored) -> str | None:
+    """A note: what is stored for the cache does nothing."""
+    asks = kv_scheme(stored.config) is not None
+    return "keeps its KV cache in the model's own type and calls the scales stored for it unexpected" if asks else None
 
 
 def unread_here(stored: Stored) -> str | None:

@@ -14,6 +14,7 @@ from quantkit import __version__
 from quantkit.core.scheme import CHANNEL
 from quantkit.formats import engine_rules as r
 from quantkit.formats.engine_rules import Rule, Stored
+from quantkit.formats.kv_scales import kv_scheme
 
 CONTAINERS = {
     "gptq": "GPTQ (packed integers with scales and zero points a group)",
@@ -77,9 +78,10 @@ ENGINES = (
         {
             "plain": (),
             "gptq": (r.only_bits(4, 8), r.symmetric, r.no_act_order, r.only_groups(CHANNEL, 32, 64, 128), r.uniform_fusion),
-            "ct-packed": (r.dense_packing, r.uniform_fusion),
-            "ct-int8": (r.uniform_fusion,),
-            **dict.fromkeys(("ct-fp8", "ct-fp4", "awq", "fp8", "modelopt", "mxfp4"), ()),
+            "ct-packed": (r.dense_packing, r.uniform_fusion, r.fp8_kv_cache),
+            "ct-int8": (r.uniform_fusion, r.fp8_kv_cache),
+            **dict.fromkeys(("ct-fp8", "ct-fp4"), (r.fp8_kv_cache,)),
+            **dict.fromkeys(("awq", "fp8", "modelopt", "mxfp4"), ()),
             **dict.fromkeys(("bitsandbytes", "gguf"), _PLUGIN),
         },
         notes=(r.scales_are_cast, r.marlin_pads),
@@ -94,7 +96,7 @@ ENGINES = (
             "ct-int8": (r.uniform_fusion,),
             **dict.fromkeys(("ct-fp8", "ct-fp4", "awq", "fp8", "bitsandbytes", "gguf", "modelopt"), ()),
         },
-        notes=(r.scales_are_cast, r.marlin_only),
+        notes=(r.scales_are_cast, r.marlin_only, r.kv_cache_by_option),
     ),
     Engine(
         "transformers",
@@ -103,9 +105,10 @@ ENGINES = (
             "plain": (),
             "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.damping_in_range, r.one_scheme),
             "ct-packed": (r.dense_packing, r.asymmetric_packed),
-            **dict.fromkeys(("ct-int8", "ct-fp8", "ct-fp4", "awq", "fp8", "bitsandbytes", "gguf"), ()),
+            **dict.fromkeys(("ct-int8", "ct-fp8", "ct-fp4", "ct-kv-cache", "awq", "fp8", "bitsandbytes", "gguf"), ()),
             "modelopt": "does not know this quant_method",
         },
+        notes=(r.kv_cache_ignored,),
         how={
             "gptq": "needs gptqmodel >= 1.4.3 and optimum >= 1.24",
             "awq": "needs gptqmodel",
@@ -113,6 +116,7 @@ ENGINES = (
             "gguf": "with gguf_file=",
             "ct-packed": "needs compressed-tensors; weights are decoded on every forward",
             **dict.fromkeys(("ct-int8", "ct-fp8", "ct-fp4"), "needs compressed-tensors; slow"),
+            "ct-kv-cache": "needs compressed-tensors",
         },
     ),
     Engine(
@@ -176,7 +180,9 @@ def layout_of(stored: Stored) -> str:
     formats = {str(group.get("format")) for group in r.config_groups(stored)} | {str(stored.config.get("format"))}
     if any("fp4" in f or "fp6" in f for f in formats):
         return "ct-fp4"
-    return "ct-fp8" if any("float" in f or "fp8" in f for f in formats) else "ct-other"
+    if any("float" in f or "fp8" in f for f in formats):
+        return "ct-fp8"
+    return "ct-kv-cache" if kv_scheme(stored.config) is not None and not r.config_groups(stored) else "ct-other"
 
 
 def _layout_of_layers(stored: Stored) -> str:

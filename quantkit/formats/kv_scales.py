@@ -91,7 +91,8 @@ def kv_cache_name(asked: str | Mapping[str, Any] | None) -> str | None:
         for name, scheme in KV_CACHES.items():
             if scheme == {**_FP8, **asked}:
                 return name
-        raise RecipeError(f"a KV cache of {dict(asked)} cannot be calibrated; those that can are {', '.join(f'{n}: {s}' for n, s in KV_CACHES.items())}")
+        known = "; ".join(f"{name}: {scheme}" for name, scheme in KV_CACHES.items())
+        raise RecipeError(f"a KV cache of {dict(asked)} cannot be calibrated; those that can are {known}")
     if asked not in KV_CACHES:
         raise RecipeError(f"unknown KV cache {asked!r}; {did_you_mean(str(asked), [*KV_CACHES, NO_KV_CACHE])}")
     return asked

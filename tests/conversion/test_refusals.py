@@ -196,7 +196,7 @@ def test_a_quantized_source_of_an_unread_kind(tiny: Path, refused: Refused) -> N
         ({"group_size": 0}, UsageError, "group size 0 is not supported; use 8 or more, or -1"),
         ({"overrides": ("o_proj=w4a16-g48",)}, RecipeError, "48 does not divide the 64 input features of model.layers.0.self_attn.o_proj and 1 more"),
         ({"recipe": "w8a8-int8", "format": "gptq"}, FormatError, "gptq cannot hold w8a8-int8 of .* and 13 more.*use compressed-tensors"),
-        ({"overrides": ("down_proj=fp8-static",)}, RecipeError, "fp8-static has a calibrated scale for inputs, which is not made yet; fp8-dynamic"),
+        ({"kv_cache": "fp8", "format": "gptq"}, FormatError, "gptq has no place for the scales of a KV cache; use compressed-tensors"),
         ({"overrides": ("down_proj=w5a16",), "format": "gptq"}, FormatError, "read 2, 3, 4, 8 bits, not 5; use compressed-tensors"),
         ({"device": "cuda:99"}, UsageError, "device 'cuda:99' cannot be used here .*; use auto or cpu"),
         ({"device": "gpu"}, UsageError, "device 'gpu' cannot be used here"),
@@ -215,6 +215,7 @@ def test_options_that_cannot_be_meant(settings: dict, error: type[QuantkitError]
     [
         ({"dtype": "float17"}, "unknown dtype 'float17'; did you mean 'float16'"),
         ({"format": "gtpq"}, "unknown format 'gtpq'; did you mean 'gptq'"),
+        ({"kv_cache": "fp9"}, "unknown KV cache 'fp9'; did you mean 'fp8'"),
         ({"max_shard_size": 0}, "max_shard_size is 0; give a size such as 5GB"),
     ],
     ids=str,
