@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from quantkit.conversion.options import ConvertOptions
 
 
-
 class Size(click.ParamType):
     """Bytes with a unit, as 5GB or 512MiB."""
 
@@ -27,15 +26,17 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-CONTAINERS = "compressed-tensors, gptq, gptq-v2, awq, fp8, bitsandbytes"
-"""Written down, as their code loads torch."""
+CONTAINERS = "compressed-tensors, gptq, gptq-v2, awq, fp8, bitsandbytes, bf16"
+ENGINES = "vLLM, SGLang, transformers, TGI, llama.cpp, GPTQModel, quantkit"
+"""Both written down, as their code loads torch."""
 
 
 @click.command()
 @click.argument("source")
 @click.option("-o", "--out", required=True, type=click.Path(), help="Folder to write; it must not exist.")
-@click.option("-r", "--recipe", default="w4a16-gptq", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
-@click.option("-f", "--format", "format_name", default="compressed-tensors", show_default=True, help=f"Container: {CONTAINERS}.")
+@click.option("-r", "--recipe", show_default="w4a16-gptq", help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
+@click.option("-f", "--format", "format_name", show_default="compressed-tensors", help=f"Container: {CONTAINERS} (ordinary weights).")
+@click.option("--target-engine", "target_engines", multiple=True, metavar="ENGINE", help=f"Refuse what it would not load: {ENGINES}. Repeatable.")
 @click.option("--calib", metavar="DATA", help="Text, JSON(L), CSV or parquet file or folder, data set's name, or token file. Default: built-in mix.")
 @click.option("--text-column", help="Column of the calibration data that holds the text or the conversation.")
 @click.option("--prompt-column", help="With --response-column: two columns that make one exchange.")
@@ -56,7 +57,7 @@ CONTAINERS = "compressed-tensors, gptq, gptq-v2, awq, fp8, bitsandbytes"
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT once the new one is whole.")
 @click.option("--fresh", is_flag=True, help="Discard what an unfinished run left instead of going on with it.")
-@click.option("--requantize", is_flag=True, help="Accept a source that is already quantized.")
+@click.option("--requantize", is_flag=True, help="Quantize a quantized SOURCE's decoded weights; with --format alone, only layers it cannot hold.")
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Perplexity and KL on held-out calibration rows (calibrated recipes).")
 @click.option("--seed", default=0, show_default=True, help="Which calibration documents come first.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model. Off by default for good reason.")
@@ -66,26 +67,33 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
 
     SOURCE is a Hugging Face folder, a hub id (org/name), modelscope:org/name, or `reference`, the small model that ships with quantkit.
 
+    A SOURCE that is quantized already goes into another container as it is when --format is all that is said, and layer by layer it is checked that
+    nothing changed; --format bf16 makes ordinary weights of it again.
+
     A run that was stopped or killed goes on where it was when the same command is given again.
 
     \b
     quantkit convert reference -o out
     quantkit convert org/name -o out -r w4a16-gptq -f gptq --calib chats.jsonl
     quantkit convert org/name -o out --target-bpw 4.25
+    quantkit convert org/name-GPTQ -o out -f compressed-tensors --target-engine vllm
     quantkit convert ./model -o out -r w4a16-mse --override 'down_proj=w8a16' --ignore 'layers\\.0\\.'
     """
     from pathlib import Path
 
-    from quantkit.cli.progress import ConvertProgress, console, show_plan, show_report
+    from quantkit.cli.progress import ConvertProgress, console, planned_checkpoint, show_plan, show_report
     from quantkit.conversion.convert import run
     from quantkit.conversion.prepare import check_output, plan_conversion
+    from quantkit.formats.engines import verdicts
 
     settings = _settings(options)
     check_output(source, Path(out), settings)
     with console.status("reading headers"):
         prepared = plan_conversion(source, settings)
     if dry_run and as_json:
-        click.echo(json.dumps({"source": prepared.origin.given, "recipe": prepared.recipe.name} | prepared.plan.to_dict(), indent=1))
+        recipe = prepared.recipe.name if prepared.recipe else None
+        engines = [verdict.to_dict() for verdict in verdicts(planned_checkpoint(prepared))]
+        click.echo(json.dumps({"source": prepared.origin.given, "recipe": recipe, "engines": engines} | prepared.plan.to_dict(), indent=1))
         return
     if dry_run:
         show_plan(prepared)
@@ -112,5 +120,5 @@ def _settings(options: dict[str, Any]) -> ConvertOptions:
         allocation=options["allocation"], kv_cache=options["kv_cache"], dtype=options["dtype"], device=options["device"],
         max_shard_size=options["max_shard_size"],
         overwrite=options["overwrite"], fresh=options["fresh"], requantize=options["requantize"], measure=options["measure"],
-        trust_remote_code=options["trust_remote_code"],
+        target_engines=options["target_engines"], trust_remote_code=options["trust_remote_code"],
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
@@ -16,7 +17,10 @@ from quantkit.checkpoint.weight_files import some
 from quantkit.cli.allocation import allocation_line, show_allocation
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
-from quantkit.conversion.report import ConversionReport, LayerResult, figure
+from quantkit.conversion.report import ConversionReport, LayerResult, bits_in_words, figure
+from quantkit.conversion.targets import stored_by
+from quantkit.formats.engine_rules import Stored
+from quantkit.formats.engines import Verdict, verdicts
 from quantkit.formats.kv_scales import KV_CACHES, in_words
 from quantkit.formats.summary import summarize
 
@@ -49,7 +53,8 @@ class ConvertProgress:
         self._bar.update(self._task, description=text)
 
     def layer(self, result: LayerResult) -> None:
-        self._bar.update(self._task, description="quantizing", detail=f"{result.name}  error {result.error:.2e}")
+        description = "quantizing" if result.lossless is None else "moving"
+        self._bar.update(self._task, description=description, detail=f"{result.name}  error {result.error:.2e}")
 
     def block(self, index: int, results: list[LayerResult], *, resumed: bool) -> None:
         mean = sum(r.error for r in results) / max(1, len(results))
@@ -62,7 +67,7 @@ class ConvertProgress:
 def show_plan(prepared: Prepared) -> None:
     """What a dry run prints."""
     plan, results = prepared.plan, results_console()
-    table = Table(title=f"{prepared.origin.name} by {prepared.recipe.name} to {plan.format.name}", title_justify="left")
+    table = Table(title=f"{prepared.origin.name}{_by(prepared.recipe.name if prepared.recipe else None)} to {plan.format.name}", title_justify="left")
     for column in ("scheme", "layers", "weights"):
         table.add_column(column, justify="left" if column == "scheme" else "right")
     kinds = Counter(layer.scheme.name for layer in plan.layers.values())
@@ -71,12 +76,13 @@ def show_plan(prepared: Prepared) -> None:
         weights[layer.scheme.name] += layer.linear.shape[0] * layer.linear.shape[1]
     for name, count in kinds.items():
         table.add_row(name, f"{count:,}", f"{weights[name]:,}")
-    results.print(table)
+    if plan.layers:
+        results.print(table)
+    _show_moves(results, prepared)
     show_allocation(results, prepared)
     _show_notes(results, {f"{name}: {layer.note}" for name, layer in plan.layers.items() if layer.note}, plan.left_alone)
     results.print(
-        f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, "
-        f"{plan.linear_bpw:.3f} bits per weight in quantized layers, {plan.file_bpw:.3f} over the file"
+        f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, bits per weight {bits_in_words(plan.linear_bpw, plan.file_bpw)}"
     )
     if plan.kv_cache is not None:
         results.print(f"KV cache: {in_words(KV_CACHES[plan.kv_cache.name])}, for {len(plan.kv_cache.layers)} layers")
@@ -87,19 +93,43 @@ def show_plan(prepared: Prepared) -> None:
     results.print(calibrated if plan.needs_calibration else "needs no calibration data; the model is never built")
     for note in plan.notes:
         results.print(f"note: {note}")
+    if not prepared.needs_measurement:
+        _show_engines(results, verdicts(planned_checkpoint(prepared)), "would load")
+
+
+def planned_checkpoint(prepared: Prepared) -> Stored:
+    return stored_by(prepared.plan, prepared.options.carried_dtype or prepared.source.dtype)
+
+
+def _by(recipe: str | None) -> str:
+    return f" by {recipe}" if recipe else ""
+
+
+def _show_moves(results: Console, prepared: Prepared) -> None:
+    """What becomes of a source that is quantized already."""
+    plan, source = prepared.plan, prepared.source
+    if source.format is None or prepared.recipe is not None:
+        return
+    if not plan.keeps_codes:
+        results.print(f"{len(source.schemes)} layers of {source.format.name} are decoded, and rounded to bfloat16")
+        return
+    kept = sum(layer.kept is not None for layer in plan.layers.values())
+    results.print(f"{kept} of {len(plan.layers)} layers of {source.format.name} go over as they are: the same codes, scales and zero points")
 
 
 def show_report(report: ConversionReport) -> None:
     """The table at the end of a conversion."""
     results = results_console()
-    table = Table(title=f"{report.output}: {report.source} by {report.recipe} as {report.format}", title_justify="left", show_header=False)
+    table = Table(title=f"{report.output}: {report.source}{_by(report.recipe)} as {report.format}", title_justify="left", show_header=False)
     ratio = report.bytes_before / max(1, report.bytes_after)
     table.add_row("size", f"{_megabytes(report.bytes_before)} -> {_megabytes(report.bytes_after)} ({ratio:.2f}x smaller)")
-    table.add_row("bits per weight", f"{report.linear_bpw:.3f} in quantized layers, {report.file_bpw:.3f} over the file")
+    table.add_row("bits per weight", bits_in_words(report.linear_bpw, report.file_bpw))
     table.add_row("time", f"{report.seconds:.1f} s")
     table.add_row("peak memory", _megabytes(report.peak_memory_bytes))
-    if report.worst is not None:
-        table.add_row("layer error", f"mean {report.mean_error:.2e}, worst {report.worst.error:.2e} ({report.worst.name})")
+    if report.losslessness:
+        table.add_row("against the source", report.losslessness)
+    elif worst := report.worst:
+        table.add_row("layer error", f"mean {report.mean_error:.2e}, worst {worst.error:.2e} ({worst.name})")
     if report.kv_cache:
         table.add_row("KV cache", report.kv_cache)
     if report.allocation:
@@ -108,7 +138,7 @@ def show_report(report: ConversionReport) -> None:
         d = report.divergence
         table.add_row("perplexity", f"{figure(d['ppl_baseline'])} -> {figure(d['ppl_quantized'])} ({d['num_tokens']} held-out calibration tokens)")
         table.add_row("KL divergence", f"{figure(d['kl_mean'], 5)} ± {figure(d['kl_se'], 5)} nats; same top token {100 * d['top1']:.2f}%")
-    else:
+    elif report.recipe:
         table.add_row("perplexity, KL", f"not measured; quantkit eval {quote(report.output)} --baseline {quote(report.source)}")
     results.print(table)
     if report.calibration:
@@ -118,16 +148,15 @@ def show_report(report: ConversionReport) -> None:
     _show_notes(results, {f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)
     if report.left_behind:
         results.print(f"left behind (other weights, or replaced by the output's own): {some(report.left_behind)}")
-    _show_engines(results, Path(report.output))
+    _show_engines(results, summarize(Path(report.output)).verdicts, "loads")
 
 
-def _show_engines(results: Console, out: Path) -> None:
-    """Who loads what was written, and why the others do not."""
-    verdicts = summarize(out).verdicts
-    results.print(f"loads in {', '.join(verdict.engine for verdict in verdicts if verdict.loads)}")
-    for verdict in verdicts:
-        if verdict.loads is False:
-            results.print(f"not in {verdict.engine}: {verdict.reason}")
+def _show_engines(results: Console, found: Sequence[Verdict], verb: str) -> None:
+    """Who loads the checkpoint, and why the others do not."""
+    results.print(f"{verb} in {', '.join(verdict.engine for verdict in found if verdict.loads)}")
+    for verdict in found:
+        if verdict.loads is not True:
+            results.print(f"{'not' if verdict.loads is False else 'perhaps'} in {verdict.engine}: {verdict.reason}")
 
 
 def _show_notes(results: Console, notes: set[str], left_alone: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from quantkit.conversion.report import ConversionReport, figure
+from quantkit.conversion.report import ConversionReport, bits_in_words, figure
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")
 
@@ -20,13 +20,15 @@ def model_card(report: ConversionReport, base_model: str, front_matter: dict[str
         front_matter: the original's own, as `kept_front_matter` reads it.
     """
     rows = [
-        ("recipe", report.recipe),
+        *([("recipe", report.recipe)] if report.recipe else []),
         ("container", report.format),
         ("size", f"{report.bytes_before / 1e6:,.1f} MB -> {report.bytes_after / 1e6:,.1f} MB"),
-        ("bits per weight", f"{report.linear_bpw:.3f} in quantized layers, {report.file_bpw:.3f} over the file"),
+        ("bits per weight", bits_in_words(report.linear_bpw, report.file_bpw)),
     ]
-    if report.worst is not None:
-        rows.append(("mean / worst layer error", f"{report.mean_error:.2e} / {report.worst.error:.2e} ({report.worst.name})"))
+    if report.losslessness:
+        rows.append(("against its quantized source", report.losslessness))
+    elif worst := report.worst:
+        rows.append(("mean / worst layer error", f"{report.mean_error:.2e} / {worst.error:.2e} ({worst.name})"))
     if report.kv_cache:
         rows.append(("KV cache", report.kv_cache))
     if report.calibration:

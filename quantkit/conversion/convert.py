@@ -18,7 +18,7 @@ from quantkit.conversion.allocate import account, choose_schemes, measurement_pa
 from quantkit.conversion.allocation_file import path_beside
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.hidden_states import spilled_bytes
-from quantkit.conversion.options import DTYPES, ConvertOptions
+from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.outcome import CARD_FILE, make_report, write_side_files
 from quantkit.conversion.prepare import Prepared, check_output, plan_conversion, require_apart
 from quantkit.conversion.recipe import Rule
@@ -105,7 +105,7 @@ def _attempt(
     with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
         writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
         weights = FileOrder(prepared.source, prepared.architecture)
-        place = Workplace(weights, plan, writer, ledger, listener, DTYPES[options.dtype] or prepared.source.dtype, prepared.device)
+        place = Workplace(weights, plan, writer, ledger, listener, options.carried_dtype or prepared.source.dtype, prepared.device)
         results, divergence = _work(prepared, place, rows, partial)
         writer.close()
     return results, divergence
@@ -114,7 +114,10 @@ def _attempt(
 def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]:
     """What the output depends on, under names that say what changed when a run is not gone on with."""
     options, calibration = prepared.options, prepared.options.calibration
-    rules = {f"rule {i}": _in_words(rule) for i, rule in enumerate(prepared.recipe.rules, 1)}
+    recipe = prepared.recipe
+    made_by = {"recipe": None} if recipe is None else {
+        "recipe": recipe.name, **{f"rule {i}": _in_words(rule) for i, rule in enumerate(recipe.rules, 1)}, "fallback": recipe.fallback,
+    }  # fmt: skip
     data = {} if rows is None else {
         "calibration data": rows.report.source, "num_samples": calibration.num_samples, "seq_len": rows.report.seq_len, "seed": calibration.seed,
         "layout": calibration.layout, "calibration rows": rows.fingerprint,
@@ -123,9 +126,9 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
     cache = {} if prepared.plan.kv_cache is None else {"KV cache": prepared.plan.kv_cache.name}
     chosen = {} if prepared.allocation is None else {"allocated schemes": hashlib.sha256(names.encode()).hexdigest()[:16]}
     return {
-        "source fingerprint": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.name, **rules, "fallback": prepared.recipe.fallback,
-        "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure,
-        **data, **chosen, **cache,
+        "source fingerprint": prepared.source.reader.fingerprint(), **made_by,
+        "format": options.container, "requantize": options.requantize,
+        "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen, **cache,
         "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
     }  # fmt: skip
@@ -144,16 +147,16 @@ def _device_name(device: torch.device) -> str:
 def _work(prepared: Prepared, place: Workplace, rows: CalibrationSet | None, partial: Path) -> tuple[list[LayerResult], DivergenceResult | None]:
     blocks = prepared.architecture.blocks
     place.listener.started(len(blocks))
-    carry(place)
+    decoded = carry(place)
     if rows is None:
-        return round_without_data(place, blocks), None
+        return decoded + round_without_data(place, blocks), None
     calibration, held_out = split_rows(rows, prepared.options)
     runner = BlockRunner(prepared.architecture, device=place.device, dtype=_running_dtype(prepared))
     return CalibratedWork(place, runner, calibration, held_out, partial).run()
 
 
 def _running_dtype(prepared: Prepared) -> torch.dtype:
-    return torch.float32 if prepared.device.type == "cpu" else DTYPES[prepared.options.dtype] or prepared.source.dtype
+    return torch.float32 if prepared.device.type == "cpu" else prepared.options.carried_dtype or prepared.source.dtype
 
 
 def _spilled_bytes(prepared: Prepared, rows: CalibrationSet) -> int:

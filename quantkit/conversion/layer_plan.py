@@ -10,7 +10,7 @@ from quantkit.conversion.recipe import Recipe, Rule
 from quantkit.core.scheme import UNQUANTIZED, Scheme
 from quantkit.core.scheme_names import FALLBACK_GROUPS, fit_group, parse_scheme, takes_group, with_group
 from quantkit.errors import FormatError, RecipeError
-from quantkit.formats.base import Format
+from quantkit.formats.base import Format, KeptTypes
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.methods.base import Rounding, Transform
 from quantkit.methods.registry import get_rounding, get_transform
@@ -19,13 +19,19 @@ from quantkit.models.architecture import Architecture, Linear
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One linear: how it will be stored, by which rounding and after which transform. `note` says where the recipe's own scheme did not fit."""
+    """One linear: how it will be stored, by which rounding and after which transform.
+
+    Attributes:
+        note: where the recipe's own scheme did not fit, or why a quantized layer does not go over as it is.
+        kept: the types of the scales that a layer of a quantized source goes over with, as it is; None for one that is rounded.
+    """
 
     linear: Linear
     scheme: Scheme
     rounding: Rounding
     note: str | None = None
     transform: Transform | None = None
+    kept: KeptTypes | None = None
 
 
 def decide_layers(

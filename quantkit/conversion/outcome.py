@@ -29,10 +29,11 @@ def make_report(
     prepared: Prepared, out: Path, results: list[LayerResult], divergence: DivergenceResult | None, rows: CalibrationSet | None, seconds: float,
     allocation: dict[str, Any] | None = None,
 ) -> ConversionReport:
-    plan, folder = prepared.plan, prepared.origin.folder
-    behind = left_behind(folder, weights=prepared.source.reader.files, exclude=_OWN_FILES)
+    plan, folder, recipe = prepared.plan, prepared.origin.folder, prepared.recipe
+    own = _OWN_FILES if recipe else [name for name in _OWN_FILES if name != RECIPE_FILE]
+    behind = left_behind(folder, weights=prepared.source.reader.files, exclude=own)
     return ConversionReport(
-        source=prepared.origin.given, output=str(out), recipe=prepared.recipe.name, format=plan.format.name, layers=results,
+        source=prepared.origin.given, output=str(out), recipe=recipe.name if recipe else None, format=plan.format.name, layers=results,
         left_alone=plan.left_alone, bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw,
         file_bpw=plan.file_bpw, seconds=seconds, peak_memory_bytes=peak_memory(),
         kv_cache=None if plan.kv_cache is None else in_words(KV_CACHES[plan.kv_cache.name]),
@@ -58,17 +59,27 @@ def write_side_files(prepared: Prepared, partial: Path, report: ConversionReport
     """Everything beside the weights; config.json, which makes the folder a model, comes last."""
     copy_side_files(prepared.origin.folder, partial, exclude=_OWN_FILES)
     config = {k: v for k, v in prepared.source.reader.config.items() if k not in ("quantization_config", "compression_config")}
-    if prepared.options.dtype != "auto":
-        config |= {"dtype": prepared.options.dtype} | ({"torch_dtype": prepared.options.dtype} if "torch_dtype" in config else {})
-    config["quantization_config"] = prepared.plan.format.config(prepared.plan.schemes, prepared.plan.ignored)
-    if prepared.plan.kv_cache is not None:
-        config["quantization_config"]["kv_cache_scheme"] = dict(KV_CACHES[prepared.plan.kv_cache.name])
-    _write_text(partial / RECIPE_FILE, prepared.recipe.to_yaml())
+    if (dtype := prepared.options.carried_dtype) is not None:
+        name = str(dtype).removeprefix("torch.")
+        config |= {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})
+    quantization = prepared.plan.config
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    if (recipe := _recipe_text(prepared)) is not None:
+        _write_text(partial / RECIPE_FILE, recipe)
     _write_text(partial / CARD_FILE, model_card(report, prepared.origin.name, kept_front_matter(prepared.origin.folder / CARD_FILE)))
     _write_text(partial / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
-    if config["quantization_config"]["quant_method"] == "gptq":
-        _write_text(partial / "quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")
+    if quantization is not None and quantization["quant_method"] == "gptq":
+        _write_text(partial / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")
     _write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _recipe_text(prepared: Prepared) -> str | None:
+    """The recipe in force; where nothing was quantized, the source's own, which its codes were made by."""
+    if prepared.recipe is not None:
+        return prepared.recipe.to_yaml()
+    own = prepared.origin.folder / RECIPE_FILE
+    return own.read_text(encoding="utf-8", errors="replace") if own.is_file() else None
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,10 @@ from quantkit.conversion.layer_plan import LayerPlan, check_format, decide_layer
 from quantkit.conversion.recipe import Recipe
 from quantkit.core.scheme import Scheme
 from quantkit.formats.base import Format, plan_shapes
-from quantkit.formats.kv_scales import kv_scale_names
+from quantkit.formats.kv_scales import KV_CACHES, kv_scale_names
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import get_format
+from quantkit.formats.stored_layers import stored_shape
 from quantkit.models.architecture import Architecture
 
 
@@ -37,6 +38,8 @@ class Plan:
         kv_cache: the scales of a KV cache to be calibrated, or None.
         moved: for every block with a transform, by path, the unquantized tensors of its own, which are written with its layers: a transform may
             be folded into them.
+        settings: what the quantization_config says beside the layers' schemes.
+        keeps_codes: the source is quantized, and its layers go over as they are, but for those that cannot.
         max_shard_size: bytes of one weight file.
     """
 
@@ -54,6 +57,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     moved: dict[str, list[str]] = field(default_factory=dict)
     kv_cache: KVCachePlan | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    keeps_codes: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -65,6 +70,11 @@ class Plan:
     def has_static_inputs(self) -> bool:
         """Whether layers' inputs are quantized by scales that calibration finds."""
         return any(is_static(layer.scheme) for layer in self.layers.values())
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The quantization_config of the output; None where nothing in it is quantized."""
+        return self.format.config(self.schemes, self.ignored) | self.settings if self.layers or self.settings else None
 
     @cached_property
     def planned(self) -> dict[str, TensorPlan]:
@@ -95,7 +105,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON values: what a dry run tells a program."""
         layers = {
-            name: {"shape": list(layer.linear.shape), "scheme": layer.scheme.name, "rounding": type(layer.rounding).__name__, "note": layer.note,
+            name: {"shape": list(layer.linear.shape), "scheme": layer.scheme.name, "note": layer.note,
+                   "rounding": type(layer.rounding).__name__ if layer.kept is None else None,
                    "transform": type(layer.transform).__name__ if layer.transform is not None else None}
             for name, layer in self.layers.items()
         }
@@ -119,36 +130,51 @@ def make_plan(
     Raises:
         RecipeError, FormatError: as `decide_layers` and `check_format`.
     """
-    unbuilt = _unbuilt(source, architecture)
+    unbuilt = unbuilt_matrices(source, architecture)
     layers, left_alone = decide_layers(architecture, unbuilt, recipe, source, get_format(format_name), allocated or {})
     fmt = get_format(format_name, (layer.scheme for layer in layers.values()), dtype or source.dtype)
     check_format(fmt, layers)
-    ignored = _ignored_linears(architecture, layers) | {name for name in unbuilt if f"{name}.weight" in source}
-    plan = Plan(fmt, layers, left_alone, sorted(ignored), [], [], source.reader.total_bytes, max_shard_size)
+    old_scales = {name for names in kv_scale_names(architecture).values() for name in names if name is not None and name in source}
+    plan = lay_out(source, architecture, fmt, layers, left_alone, max_shard_size=max_shard_size, dtype=dtype, left_out=old_scales)
     if recipe.kv_cache_scheme is not None:
         plan.kv_cache = plan_kv_cache(recipe.kv_cache_scheme, architecture, fmt)
+        plan.settings["kv_cache_scheme"] = dict(KV_CACHES[plan.kv_cache.name])
+        plan.tensors += plan.kv_cache.tensors(fmt.scale_dtype(dtype or source.dtype))
+    if old_scales:
+        instead = "new ones are calibrated" if plan.kv_cache is not None else "--kv-cache calibrates new ones"
+        plan.notes.append(f"the source's {len(old_scales)} scales of its KV cache are left out, as they are of its own layers; {instead}")
+    _move(plan, architecture)
+    return plan
+
+
+def lay_out(
+    source: OpenedCheckpoint, architecture: Architecture, fmt: Format, layers: dict[str, LayerPlan], left_alone: dict[str, str], *,
+    max_shard_size: int, dtype: torch.dtype | None = None, left_out: Collection[str] = (),
+) -> Plan:  # fmt: skip
+    """The plan of a conversion whose layers are decided.
+
+    Args:
+        dtype: the type of unquantized tensors in the output; None keeps each as it is.
+        left_out: stored tensors that the output does not have.
+    """
+    unbuilt = {name for name in unbuilt_matrices(source, architecture) if f"{name}.weight" in source}
+    ignored = (_ignored_linears(architecture, layers) | unbuilt) - layers.keys()
+    plan = Plan(fmt, layers, left_alone, sorted(ignored), [], [], source.reader.total_bytes, max_shard_size)
     model_dtype = dtype or source.dtype
     conv1d = {linear.name for block in architecture.blocks for linear in block.linears if linear.is_transposed}
-    old_scales = {name for names in kv_scale_names(architecture).values() for name in names if name is not None}
-    for name in _in_file_order(source):
+    for name in (name for name in _in_file_order(source) if name not in left_out):
         module = name.removesuffix(".weight")
         if module in layers and name.endswith(".weight"):
             _plan_layer(plan, layers[module], model_dtype)
-        elif name not in old_scales:
+        else:
             info = source.reader.info(name) if name in source.reader else None
             kept = info.dtype if info is not None else model_dtype
-            shape = tuple(info.shape) if info is not None else source.quantized(module).shape
+            shape = tuple(info.shape) if info is not None else stored_shape(source, module)
             if info is None and module in conv1d:
                 shape = shape[::-1]
             plan.tensors.append(TensorPlan(name, dtype if dtype is not None and kept.is_floating_point else kept, shape))
             plan.carried.append(name)
             plan.parameters += torch.Size(shape).numel()
-    if plan.kv_cache is not None:
-        plan.tensors += plan.kv_cache.tensors(fmt.scale_dtype(model_dtype))
-    if old_scales:
-        instead = "new ones are calibrated" if plan.kv_cache is not None else "--kv-cache calibrates new ones"
-        plan.notes.append(f"the source's {len(old_scales)} scales of its KV cache are left out, as they are of its own layers; {instead}")
-    _move(plan, architecture)
     return plan
 
 
@@ -167,7 +193,7 @@ def _move(plan: Plan, architecture: Architecture) -> None:
     plan.carried = [name for name in plan.carried if name not in moved]
 
 
-def _unbuilt(source: OpenedCheckpoint, architecture: Architecture) -> dict[str, str]:
+def unbuilt_matrices(source: OpenedCheckpoint, architecture: Architecture) -> dict[str, str]:
     """Matrices of the checkpoint that are in no module of the tree, by name, with the reason to leave them alone."""
     why = "transformers builds no module for it"
     return {name.removesuffix(".weight"): why for name in architecture.unplaced(source.names) if _is_matrix(source, name)}
@@ -203,7 +229,7 @@ def _in_file_order(source: OpenedCheckpoint) -> list[str]:
 
 def _plan_layer(plan: Plan, layer: LayerPlan, model_dtype: torch.dtype) -> None:
     rows, columns = layer.linear.shape
-    for local, (dtype, shape) in plan_shapes(plan.format, layer.scheme, layer.linear.shape, model_dtype).items():
+    for local, (dtype, shape) in plan_shapes(plan.format, layer.scheme, layer.linear.shape, model_dtype, layer.kept).items():
         tensor = TensorPlan(f"{layer.linear.name}.{local}", dtype, shape)
         plan.tensors.append(tensor)
         plan.bits_of_layers += 8 * tensor.nbytes

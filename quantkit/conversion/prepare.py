@@ -14,11 +14,14 @@ from quantkit.checkpoint.source import Source, resolve
 from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.allocation import Allocation, Problem, state_problem
 from quantkit.conversion.allocation_file import Measurement, allocation_path
-from quantkit.conversion.options import DTYPES, ConvertOptions
+from quantkit.conversion.moving import plan_moves, plan_plain
+from quantkit.conversion.options import DEFAULT_RECIPE, ConvertOptions
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
+from quantkit.conversion.targets import require_loadable
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.registry import PLAIN
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.device import find_device
 
@@ -30,7 +33,8 @@ class Prepared:
     origin: Source
     source: OpenedCheckpoint
     architecture: Architecture
-    recipe: Recipe
+    recipe: Recipe | None
+    """None where nothing is quantized: a source that only changes its container."""
     plan: Plan
     options: ConvertOptions
     device: torch.device
@@ -52,23 +56,30 @@ def check_output(source: str, out: Path, options: ConvertOptions) -> None:
 
 def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     """Read headers and decide everything; raises the error of whatever cannot be done."""
-    recipe = Recipe.load(options.recipe).changed(
+    recipe = Recipe.load(options.recipe or DEFAULT_RECIPE).changed(
         overrides=options.overrides, ignore=options.ignore, group_size=options.group_size, budget=options.budget, kv_cache=options.kv_cache
     )
     if options.allocation is not None and recipe.allocate is None:
         raise UsageError(f"allocation {options.allocation} is given and no budget; add --target-bpw or --max-kl, or take a recipe that allocates")
     device = find_device(options.device)
     origin = resolve(source, trust_remote_code=options.trust_remote_code)
-    opened = _open(origin, options)
+    opened = OpenedCheckpoint.of(origin)
+    keeps_codes = _keeps_codes(opened, origin, options)
     config = load_config(origin.folder, trust_remote_code=options.trust_remote_code)
     architecture = describe(config, opened, trust_remote_code=options.trust_remote_code)
     _require_tensors(architecture, opened, origin)
+    if options.container == PLAIN.name:
+        return _targeted(Prepared(origin, opened, architecture, None, plan_plain(opened, architecture, options), options, device))
+    if keeps_codes:
+        plan = plan_moves(opened, architecture, options, origin.name)
+        return _targeted(Prepared(origin, opened, architecture, None, plan, options, device))
     prepared = Prepared(origin, opened, architecture, recipe, _plan(opened, architecture, recipe, options), options, device)
     if recipe.allocate is not None:
         prepared = _with_problem(prepared)
     plan = prepared.plan
     if prepared.needs_measurement:
         return prepared
+    _targeted(prepared)
     if options.calibration.source is not None and not plan.needs_calibration:
         plan.notes.append(f"recipe {recipe.name} needs no calibration, so {options.calibration.source} is not read")
     return prepared
@@ -77,14 +88,21 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
 def _plan(
     opened: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, options: ConvertOptions, allocated: Mapping[str, str] | None = None
 ) -> Plan:
-    settings = {"max_shard_size": options.max_shard_size, "dtype": DTYPES[options.dtype]}
-    return make_plan(opened, architecture, recipe, options.format, allocated=allocated, **settings)
+    settings = {"max_shard_size": options.max_shard_size, "dtype": options.carried_dtype}
+    return make_plan(opened, architecture, recipe, options.container, allocated=allocated, **settings)
+
+
+def _targeted(prepared: Prepared) -> Prepared:
+    """The same, unless an engine that it is meant for would not load it."""
+    require_loadable(prepared.plan, prepared.options, prepared.source.dtype)
+    return prepared
 
 
 def _with_problem(prepared: Prepared) -> Prepared:
     """What there is to choose; chosen already where the user gave a measurement."""
+    assert prepared.recipe is not None and prepared.recipe.allocate is not None
     options, budget = prepared.options, prepared.recipe.allocate.budget
-    problem = state_problem(prepared.plan, prepared.recipe, options.format, DTYPES[options.dtype] or prepared.source.dtype)
+    problem = state_problem(prepared.plan, prepared.recipe, options.container, options.carried_dtype or prepared.source.dtype)
     problem.require_possible(is_users=options.budget is not None)
     if budget.kind == "kl" and not (prepared.plan.needs_calibration and options.measure):
         why = f"recipe {prepared.recipe.name} measures nothing; take a calibrated one, such as w4a16-gptq"
@@ -106,7 +124,7 @@ def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:
     Raises:
         UsageError: no choice is predicted to keep to the KL.
     """
-    assert prepared.allocation is not None
+    assert prepared.allocation is not None and prepared.recipe is not None
     problem, spare = prepared.allocation.problem, 0
     while True:
         solution = problem.solve(measurement.losses, measurement.factor, spare)
@@ -118,6 +136,7 @@ def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:
         over = ceil((plan.file_bpw - problem.budget.amount) * plan.parameters) if problem.budget.kind == "file" else 0
         if over <= 0:
             plan.notes += problem.dropped
+            require_loadable(plan, prepared.options, prepared.source.dtype)
             return replace(prepared, plan=plan, allocation=Allocation(problem, measurement, solution))
         spare += over  # headers of another length
 
@@ -131,15 +150,22 @@ def _out_of_reach(problem: Problem, measurement: Measurement) -> str:
     return f"no choice of these candidates is predicted to keep to {problem.budget}: {largest}; ask for that or more, or name other candidates"
 
 
-def _open(origin: Source, options: ConvertOptions) -> OpenedCheckpoint:
-    opened = OpenedCheckpoint.of(origin)
-    if opened.format is not None and not options.requantize:
-        schemes = sorted({scheme.name for scheme in opened.schemes.values()})
-        raise SourceError(
-            f"{origin.name} is already quantized: {opened.format.name}, {len(opened.schemes)} layers of {', '.join(schemes)}. "
-            "Convert the original model, or pass --requantize to take the decoded weights as they are"
-        )
-    return opened
+def _keeps_codes(opened: OpenedCheckpoint, origin: Source, options: ConvertOptions) -> bool:
+    """Whether a quantized source goes over as it is.
+
+    Raises:
+        SourceError: it is quantized, and what is to become of it is not said.
+    """
+    if opened.format is None or options.container == PLAIN.name:
+        return False
+    if options.format is not None and not options.asks_to_quantize:
+        return True
+    if not options.requantize:
+        schemes = ", ".join(sorted({scheme.name for scheme in opened.schemes.values()}))
+        what = f"{origin.name} is already quantized: {opened.format.name}, {len(opened.schemes)} layers of {schemes}"
+        as_it_is = "name a container alone, as in --format compressed-tensors, to move it there as it is"
+        raise SourceError(f"{what}. Convert the original model; or {as_it_is}; or pass --requantize to quantize the decoded weights")
+    return False
 
 
 def require_apart(source: Path, out: Path) -> None:

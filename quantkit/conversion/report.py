@@ -13,6 +13,8 @@ class LayerResult:
     Attributes:
         error: relative squared error; of the layer's output on calibration data where there was any, else of the weight.
         seen_tokens: calibration tokens behind the rounding, None where it looked at the weight alone.
+        lossless: of a layer that was quantized already: whether it dequantizes to the same values as before, bit for bit; else None.
+        max_error: the largest of these values' changes.
         transform: what became of its transform: where its scale was folded, or why nowhere; None where the recipe asks for none.
     """
 
@@ -23,13 +25,15 @@ class LayerResult:
     seen_tokens: int | None = None
     note: str | None = None
     transform: str | None = None
+    lossless: bool | None = None
+    max_error: float | None = None
 
 
 @dataclass(slots=True)
 class ConversionReport:
     source: str
     output: str
-    recipe: str
+    recipe: str | None
     format: str
     layers: list[LayerResult]
     left_alone: dict[str, str]
@@ -59,8 +63,28 @@ class ConversionReport:
         """None where no layer was quantized."""
         return max(self.layers, key=lambda layer: layer.error, default=None)
 
+    @property
+    def losslessness(self) -> str | None:
+        """How many layers of a quantized source are what they were, in words; None where the source was not quantized, or all of it is again."""
+        judged = [layer for layer in self.layers if layer.lossless is not None]
+        if not judged:
+            return None
+        lossy = [layer for layer in judged if not layer.lossless]
+        words = f"{len(judged) - len(lossy)} of {len(judged)} layers lossless"
+        if not lossy:
+            return words
+        worst = max(lossy, key=lambda layer: layer.error)
+        largest = max(layer.max_error or 0.0 for layer in lossy)
+        return f"{words}; weights of the others change by up to {largest:.3g}, ||W - Q||² / ||W||² by up to {worst.error:.2g} ({worst.name})"
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"mean_error": self.mean_error, "worst_layer": self.worst and self.worst.name}
+        worst = self.worst
+        return asdict(self) | {"mean_error": self.mean_error, "worst_layer": worst.name if worst else None, "losslessness": self.losslessness}
+
+
+def bits_in_words(linear_bpw: float, file_bpw: float) -> str:
+    """Bits a weight; a model without quantized layers has one figure."""
+    return f"{linear_bpw:.3f} in quantized layers, {file_bpw:.3f} over the file" if linear_bpw else f"{file_bpw:.3f} over the file"
 
 
 def figure(value: float | None, digits: int = 4) -> str:

@@ -29,11 +29,14 @@ from quantkit.conversion.rounding import round_together, shared_ranges
 from quantkit.conversion.statistics import HessianCollector
 from quantkit.conversion.transforms import Transformed, transform_block
 from quantkit.conversion.tuning import Rounded, TunedBlock, tuning_of
+from quantkit.core.difference import difference
 from quantkit.core.divergence import Divergence, DivergenceResult
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.errors import SourceError
+from quantkit.errors import FormatError, SourceError
 from quantkit.formats.fusion import joint_name
 from quantkit.formats.kv_scales import rounded_states
+from quantkit.formats.moves import moved
+from quantkit.formats.streamed import FileOrder
 from quantkit.methods.tuned import Tuned
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
@@ -65,7 +68,7 @@ class Listener(Protocol):
 class Workplace:
     """What every unit of work needs."""
 
-    source: Weights
+    source: FileOrder
     plan: Plan
     writer: CheckpointWriter
     ledger: Ledger
@@ -88,9 +91,11 @@ class Workplace:
             self.writer.add(f"{name}.{part}", tensor)
         return [f"{name}.{part}" for part in parts]
 
-    def keep(self, name: str, weights: Weights) -> None:
-        """Write one tensor that is not quantized."""
-        self.writer.add(name, _as_type(name, weights.get(name), self.plan.planned[name].dtype))
+    def keep(self, name: str, weights: Weights) -> Tensor:
+        """Write one tensor that is not quantized; what it was before it got its type."""
+        tensor = weights.get(name)
+        self.writer.add(name, _as_type(name, tensor, self.plan.planned[name].dtype))
+        return tensor
 
     def read(self, name: str) -> QuantizedTensor:
         """A layer as an earlier run wrote it."""
@@ -102,15 +107,28 @@ class Workplace:
         return [linear.name for linear in block.linears if linear.name in self.plan.layers]
 
 
-def carry(place: Workplace) -> None:
-    """Copy every tensor that is not quantized."""
+def carry(place: Workplace) -> list[LayerResult]:
+    """Copy every tensor that is not quantized; the accounts of those that were in the source."""
+    every: list[LayerResult] = []
     for number, names in enumerate(_portions(place)):
         unit = f"carried.{number}"
-        if place.ledger.is_done(unit):
-            continue
-        for name in names:
-            place.keep(name, place.source)
-        place.finish(unit, [], names)
+        results = place.finished(unit)
+        if results is None:
+            results = [result for name in names if (result := _carry(place, name)) is not None]
+            place.finish(unit, results, names)
+        every += results
+    return every
+
+
+def _carry(place: Workplace, name: str) -> LayerResult | None:
+    before, module = place.keep(name, place.source), name.removesuffix(".weight")
+    if module not in place.source.schemes or not name.endswith(".weight"):
+        return None
+    change = difference(before, place.writer.read(name))
+    dtype = str(place.plan.planned[name].dtype).removeprefix("torch.")
+    result = LayerResult(module, dtype, "decoded", change.relative, lossless=change.is_none, max_error=change.largest)
+    place.listener.layer(result)
+    return result
 
 
 def _as_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,20 +170,60 @@ def round_without_data(place: Workplace, blocks: list[Block]) -> list[LayerResul
         results = _round_block(place, block) if done is None else done
         place.listener.block(index, results, resumed=done is not None)
         every += results
-    return every
+    return every + _round_outside(place, blocks)
 
 
 def _round_block(place: Workplace, block: Block) -> list[LayerResult]:
+    return _round_unit(place, block.path, place.layers_of(block))
+
+
+def _round_outside(place: Workplace, blocks: list[Block]) -> list[LayerResult]:
+    """Layers in no block: a quantized source may have some, such as its head."""
+    inside = {name for block in blocks for name in place.layers_of(block)}
+    outside = [name for name in place.plan.layers if name not in inside]
+    done = place.finished("outside") if outside else []
+    return _round_unit(place, "outside", outside) if done is None else done
+
+
+def _round_unit(place: Workplace, unit: str, layers: list[str]) -> list[LayerResult]:
     results, names = [], []
-    layers = place.layers_of(block)
-    ranges = shared_ranges(layers, place.plan, place.source)
+    ranges = shared_ranges([layer for layer in layers if place.plan.layers[layer].kept is None], place.plan, place.source)
     for layer in layers:
-        for name, q, result in round_together([layer], place.plan, place.source, None, place.model_dtype, place.device, ranges.get(layer)):
-            names += place.write(name, q)
-            results.append(result)
-            place.listener.layer(result)
-    place.finish(block.path, results, names)
+        written, result = _move(place, layer) if place.plan.layers[layer].kept is not None else _round(place, layer, ranges.get(layer))
+        names += written
+        results.append(result)
+        place.listener.layer(result)
+    place.finish(unit, results, names)
     return results
+
+
+def _round(place: Workplace, layer: str, largest: float | None) -> tuple[list[str], LayerResult]:
+    ((name, q, result),) = round_together([layer], place.plan, place.source, None, place.model_dtype, place.device, largest)
+    written = place.write(name, q)
+    if place.plan.keeps_codes:
+        change = difference(place.source.quantized(name), place.read(name))
+        result.lossless, result.max_error, result.error = change.is_none, change.largest, change.relative
+    return written, result
+
+
+def _move(place: Workplace, name: str) -> tuple[list[str], LayerResult]:
+    """Write a layer of a quantized source as it is, and look at what was written.
+
+    Raises:
+        SourceError: it holds NaN or infinity.
+        FormatError: it does not dequantize to what it did.
+    """
+    layer, before = place.plan.layers[name], place.source.quantized(name)
+    assert layer.kept is not None
+    written = place.write(name, moved(before, layer.scheme, layer.kept))
+    change = difference(before, place.read(name))
+    if not change.is_finite:
+        raise SourceError(f"{name} holds NaN or infinite values; the source model is damaged")
+    if not change.is_none:
+        loss = f"by up to {change.largest:.3g}, ||W - Q||² / ||W||² {change.relative:.2g}"
+        way = "give a recipe and --requantize to quantize the decoded weights, or take bf16"
+        raise FormatError(f"{name} would not be what it was in {place.plan.format.name}: its weights change {loss}; {way}")
+    return written, LayerResult(name, layer.scheme.name, "as it was", 0.0, lossless=True, max_error=0.0)
 
 
 class CalibratedWork:

@@ -27,6 +27,7 @@ class AWQ:
     name = "awq"
     holds_conv1d = False
     holds_mixed = False
+    scale_dtypes = (torch.float16,)
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         spec = scheme.weight

@@ -22,6 +22,8 @@ Infos = Mapping[str, TensorInfo]
 """What the headers say of a layer's tensors, by their names under the module."""
 Read = Callable[[str], Tensor]
 """A stored tensor by name."""
+KeptTypes = tuple[torch.dtype, torch.dtype]
+"""Of a layer's scales, and of the calibrated scale of its input."""
 
 
 class Format(Protocol):
@@ -32,6 +34,8 @@ class Format(Protocol):
     """Whether loaders of this container accept a quantized GPT-2 style Conv1D."""
     holds_mixed: bool
     """Whether its layers may have unlike schemes."""
+    scale_dtypes: tuple[torch.dtype, ...]
+    """The types in which its loaders take plain scales, the widest last."""
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Why a weight [N, K] cannot be stored by this scheme, or None when it can."""
@@ -75,10 +79,17 @@ class Format(Protocol):
 
 
 @cache
-def plan_shapes(fmt: Format, scheme: Scheme, shape: tuple[int, int], model_dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of every tensor that `fmt` will write for a weight [N, K], without its values. Thousands of layers have a handful of shapes."""
+def plan_shapes(
+    fmt: Format, scheme: Scheme, shape: tuple[int, int], model_dtype: torch.dtype, kept: KeptTypes | None = None
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of every tensor that `fmt` will write for a weight [N, K], without its values. Thousands of layers have a handful of shapes.
+
+    Args:
+        kept: the types of scales that are there already, in place of the format's choice for a model of this type.
+    """
     assert scheme.weight is not None
-    q = blank(scheme, shape, fmt.scale_dtype(model_dtype))
+    chosen = fmt.scale_dtype(model_dtype)
+    q = blank(scheme, shape, *(kept or (chosen, chosen)))
     return {name: (t.dtype, tuple(t.shape)) for name, t in fmt.encode(q, scheme).items()}
 
 
@@ -99,12 +110,12 @@ def assembled(
     return QuantizedTensor(spec, codes, scale, zero, group_of_column, divisor)
 
 
-def blank(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype) -> QuantizedTensor:
+def blank(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype, input_scale_dtype: torch.dtype) -> QuantizedTensor:
     """A quantized tensor on the meta device: shapes and types, no values."""
     assert scheme.weight is not None
     q = empty(scheme.weight, shape, scale_dtype, "meta")
     if scheme.activation is not None and scheme.activation.is_static:
-        q.input_scale = torch.empty(1, dtype=scale_dtype, device="meta")
+        q.input_scale = torch.empty(1, dtype=input_scale_dtype, device="meta")
     return q
 
 

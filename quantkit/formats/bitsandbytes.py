@@ -30,6 +30,7 @@ class BitsAndBytes:
     name = "bitsandbytes"
     holds_conv1d = False
     holds_mixed = False
+    scale_dtypes = (torch.float32,)
 
     def __init__(self, model_dtype: torch.dtype = torch.bfloat16) -> None:
         """`model_dtype` is what weights are said to dequantize to."""

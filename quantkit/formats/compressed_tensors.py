@@ -25,6 +25,7 @@ class CompressedTensors:
     name = "compressed-tensors"
     holds_conv1d = False
     holds_mixed = True
+    scale_dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         spec = scheme.weight

@@ -12,6 +12,7 @@ from typing import Any
 
 from quantkit import __version__
 from quantkit.core.scheme import CHANNEL
+from quantkit.errors import UsageError, did_you_mean
 from quantkit.formats import engine_rules as r
 from quantkit.formats.engine_rules import Rule, Stored
 from quantkit.formats.kv_scales import kv_scheme
@@ -164,9 +165,21 @@ ENGINES = (
 )
 
 
+def find_engine(name: str) -> Engine:
+    """An engine by its name, in any case.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    by_name = {engine.name.lower(): engine for engine in ENGINES}
+    if name.lower() not in by_name:
+        raise UsageError(f"unknown engine {name!r}; {did_you_mean(name.lower(), by_name)}")
+    return by_name[name.lower()]
+
+
 def verdicts(stored: Stored) -> list[Verdict]:
     """One verdict for every engine of the table."""
-    return [_verdict(engine, stored) for engine in ENGINES]
+    return [verdict(engine, stored) for engine in ENGINES]
 
 
 def layout_of(stored: Stored) -> str:
@@ -197,7 +210,7 @@ def _layout_of_layers(stored: Stored) -> str:
     return "ct-int8" if all(layer.scheme.name == "w8a8-int8" for layer in stored.layers if layer.scheme.activation) else "ct-low-bit-activations"
 
 
-def _verdict(engine: Engine, stored: Stored) -> Verdict:
+def verdict(engine: Engine, stored: Stored) -> Verdict:
     layout = layout_of(stored)
     rules = engine.rules.get(layout, engine.rules.get(""))
     if rules is None:

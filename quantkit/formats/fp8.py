@@ -24,6 +24,7 @@ class FP8:
     name = "fp8"
     holds_conv1d = False
     holds_mixed = False
+    scale_dtypes = (torch.float32,)
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.name not in _HELD:

@@ -31,6 +31,7 @@ _BITS = (2, 3, 4, 8)
 class GPTQ:
     holds_conv1d = True
     holds_mixed = True
+    scale_dtypes = (torch.float16,)
 
     def __init__(self, zero_offset: int) -> None:
         """`zero_offset` is what a stored zero point lacks: 1 in v1, 0 in v2."""

@@ -15,6 +15,7 @@ from quantkit.formats.bitsandbytes import BitsAndBytes
 from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.formats.fp8 import FP8
 from quantkit.formats.gptq import GPTQ, labelled
+from quantkit.formats.plain import Plain
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(), "gptq": GPTQ(zero_offset=1), "gptq-v2": GPTQ(zero_offset=0), "awq": AWQ(), "fp8": FP8(),
@@ -24,6 +25,7 @@ FORMATS: dict[str, Format] = {
 
 CONTAINERS = tuple(name for name in FORMATS if name != "gptq-v2")
 """Every container once: GPTQ is written as its second version where it has to be."""
+PLAIN = Plain()
 READ_METHODS = ", ".join(CONTAINERS)
 """What a checkpoint may call its container, in words."""
 
@@ -31,14 +33,18 @@ READ_METHODS = ", ".join(CONTAINERS)
 def get_format(name: str, schemes: Iterable[Scheme] = (), model_dtype: torch.dtype | None = None) -> Format:
     """The container of this name for layers of these schemes: `gptq` with an asymmetric layer is its second version.
 
+    "bf16" is none: ordinary weights.
+
     Args:
         model_dtype: the type that weights were in, which bitsandbytes writes down.
 
     Raises:
         UsageError: there is no such container; near names are given.
     """
+    if name == PLAIN.name:
+        return PLAIN
     if name not in FORMATS:
-        raise UsageError(f"unknown format {name!r}; {did_you_mean(name, FORMATS)}")
+        raise UsageError(f"unknown format {name!r}; {did_you_mean(name, [*FORMATS, PLAIN.name])}")
     if name == "gptq" and any(s.weight is not None and not s.weight.symmetric for s in schemes):
         return FORMATS["gptq-v2"]
     if name == "bitsandbytes" and model_dtype is not None:

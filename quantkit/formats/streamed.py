@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.scheme import Scheme
 from quantkit.formats.kv_scales import read_kv_scales, rounded_states
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture, describe, load_config
@@ -25,6 +27,15 @@ class FileOrder:
 
     def __contains__(self, name: object) -> bool:
         return name in self.opened
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Of the quantized layers, by name."""
+        return self.opened.schemes
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        """A quantized layer as it is stored, [N, K]."""
+        return self.opened.quantized(module)
 
     def get(self, name: str) -> Tensor:
         value = self.opened.get(name)

@@ -13,8 +13,9 @@ from typing import Literal
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.prepare import Prepared, plan_conversion
 from quantkit.conversion.recipe import list_recipes
+from quantkit.conversion.targets import stored_by
 from quantkit.errors import FormatError, RecipeError, UsageError, did_you_mean
-from quantkit.formats.engine_rules import Stored, StoredLayer
+from quantkit.formats.engine_rules import Stored
 from quantkit.formats.engines import ENGINES, verdicts
 from quantkit.formats.registry import CONTAINERS
 from quantkit.paths import packaged
@@ -118,12 +119,8 @@ def kv_bytes(prepared: Prepared) -> int:
 
 def _of_plan(prepared: Prepared, needs: Needs, loss: float | None) -> Advice:
     plan = prepared.plan
-    config = plan.format.config(plan.schemes, plan.ignored)
-    stored = Stored(
-        container=str(config["quant_method"]), config=config, model_dtype=prepared.source.dtype,
-        layers=tuple(StoredLayer(name, layer.linear.shape, layer.scheme) for name, layer in plan.layers.items()),
-        plain=tuple(plan.ignored), scale_dtype=plan.format.scale_dtype(prepared.source.dtype),
-    )  # fmt: skip
+    assert prepared.recipe is not None
+    stored = stored_by(plan, prepared.source.dtype)
     activations = [layer.scheme.activation for layer in plan.layers.values()]
     is_integer = all(each is not None and each.kind == "int" and each.outliers is None for each in activations)
     matrices = [(each.name, each.shape, each.nbytes) for each in plan.tensors]

@@ -131,7 +131,7 @@ class Layer:
 
 def test_inputs_that_are_no_numbers_are_refused() -> None:
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(CalibrationError, match="a.q_proj is infinite or NaN"):
+        with pytest.raises(CalibrationError, match=r"a\.q_proj is infinite or NaN"):
             input_scales([Layer("a.q_proj"), Layer("a.k_proj")], {"a.q_proj": 1.0, "a.k_proj": bad}, torch.float16)
 
 

@@ -1,0 +1,157 @@
+"""The plan of a conversion that quantizes nothing: a quantized source into another container as it is, or into ordinary bfloat16 weights.
+
+What the container cannot hold as it is gets refused before any work, or, with `requantize`, is quantized again from the decoded weights. Whether a
+layer is the same is then decided by what was written (see `work`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from quantkit.conversion.layer_plan import LayerPlan
+from quantkit.conversion.nearest import nearest_scheme
+from quantkit.conversion.options import ConvertOptions
+from quantkit.conversion.plan import Plan, lay_out
+from quantkit.core.scheme import Scheme
+from quantkit.errors import FormatError
+from quantkit.formats.base import Format
+from quantkit.formats.kv_scales import is_kv_scale, kv_scheme
+from quantkit.formats.moves import has_order, kept_types, obstacle, scheme_in
+from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.registry import CONTAINERS, PLAIN, get_format
+from quantkit.formats.stored_layers import stored_shape, wrong_parts
+from quantkit.methods.registry import get_rounding
+from quantkit.models.architecture import Architecture, Linear
+
+_NOT_QUANTIZED = "not quantized in the source"
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """How the layers of a source go into one container: what each is called there, and why some cannot go."""
+
+    fmt: Format
+    schemes: dict[str, Scheme]
+    obstacles: dict[str, str]
+
+
+def plan_plain(source: OpenedCheckpoint, architecture: Architecture, options: ConvertOptions) -> Plan:
+    """Every weight as bfloat16: decoded where it is quantized."""
+    _require_whole(source)
+    scales = [name for name in source.dense_names if is_kv_scale(name)] if source.format is not None else []
+    left_alone: dict[str, str] = {}
+    settings = {"max_shard_size": options.max_shard_size, "dtype": options.carried_dtype}
+    plan = lay_out(source, architecture, PLAIN, {}, left_alone, left_out=scales, **settings)
+    _note_scales(plan, scales, source)
+    return plan
+
+
+def plan_moves(source: OpenedCheckpoint, architecture: Architecture, options: ConvertOptions, name: str) -> Plan:
+    """Every quantized layer as it is, in the container that is asked for.
+
+    Args:
+        name: of the source, for messages.
+
+    Raises:
+        FormatError: the container cannot hold some layers as they are, and `requantize` is not given or does not help.
+    """
+    _require_whole(source)
+    linears = _linears(source, architecture)
+    move = _into(options.container, source, architecture, linears)
+    if move.obstacles and not options.requantize:
+        raise FormatError(_refusal(name, move, source, architecture, linears))
+    layers = _layers(move, source, linears)
+    names = [linear.name for block in architecture.blocks for linear in block.linears] + [linear.name for linear in architecture.outside]
+    left_alone = {linear: _NOT_QUANTIZED for linear in names if linear not in layers and f"{linear}.weight" in source}
+    holds_kv = move.fmt.name == "compressed-tensors"
+    scales = [] if holds_kv else [name for name in source.dense_names if is_kv_scale(name)]
+    settings = {"max_shard_size": options.max_shard_size, "dtype": options.carried_dtype}
+    plan = lay_out(source, architecture, move.fmt, layers, left_alone, left_out=scales, **settings)
+    plan.keeps_codes = True
+    if holds_kv and (scheme := kv_scheme(source.reader.quantization_config)) is not None:
+        plan.settings["kv_cache_scheme"] = dict(scheme)
+    if any(layer.kept and has_order(source, name) for name, layer in layers.items()):
+        plan.settings["desc_act"] = True
+    _note_scales(plan, scales, source)
+    return plan
+
+
+def _require_whole(source: OpenedCheckpoint) -> None:
+    problems = wrong_parts(source)
+    if problems:
+        raise FormatError(f"config and tensors of the source contradict each other: {problems[0]}")
+
+
+def _note_scales(plan: Plan, scales: list[str], source: OpenedCheckpoint) -> None:
+    if scales or (plan.format.name != "compressed-tensors" and kv_scheme(source.reader.quantization_config) is not None):
+        plan.notes.append(f"the scheme of the KV cache and its {len(scales)} scales are left out: {plan.format.name} has no place for them")
+
+
+def _linears(source: OpenedCheckpoint, architecture: Architecture) -> dict[str, Linear]:
+    """The source's quantized layers by name, in the order of the blocks; those outside them, or in no module of the tree, last."""
+    every = [linear for block in architecture.blocks for linear in block.linears] + architecture.outside
+    known = {linear.name: linear for linear in every if linear.name in source.schemes}
+    return known | {name: Linear(name, name, stored_shape(source, name)) for name in source.schemes if name not in known}
+
+
+def _into(container: str, source: OpenedCheckpoint, architecture: Architecture, linears: dict[str, Linear]) -> _Move:
+    fmt = get_format(container, source.schemes.values(), source.dtype)
+    inside = {linear.name for block in architecture.blocks for linear in block.linears}
+    schemes, obstacles = {}, {}
+    for name, linear in linears.items():
+        why = _misplaced(fmt, linear, inside) or obstacle(source, name, fmt, linear.shape)
+        if why is not None:
+            obstacles[name] = why
+        elif (scheme := scheme_in(fmt, source.schemes[name], linear.shape)) is not None:
+            schemes[name] = scheme
+    if not fmt.holds_mixed and len(set(schemes.values())) > 1:
+        main = Counter(schemes.values()).most_common(1)[0][0]
+        others = {name: scheme for name, scheme in schemes.items() if scheme != main}
+        obstacles |= {name: f"{fmt.name} holds one scheme a model, and most layers are {main.name}" for name in others}
+        schemes = {name: scheme for name, scheme in schemes.items() if scheme == main}
+    return _Move(fmt, schemes, obstacles)
+
+
+def _misplaced(fmt: Format, linear: Linear, inside: set[str]) -> str | None:
+    if linear.is_transposed and not fmt.holds_conv1d:
+        return f"a Conv1D, which loaders of {fmt.name} do not take"
+    if linear.name not in inside and fmt.name != "compressed-tensors":
+        return f"outside the decoder blocks, where loaders of {fmt.name} take no quantized layer"
+    return None
+
+
+def _layers(move: _Move, source: OpenedCheckpoint, linears: dict[str, Linear]) -> dict[str, LayerPlan]:
+    """How each layer is written: as it is, or quantized again."""
+    again = get_rounding("mse")
+    main = next(iter(move.schemes.values()), None) if not move.fmt.holds_mixed else None
+    layers = {}
+    for name, linear in linears.items():
+        if name in move.schemes:
+            layers[name] = LayerPlan(linear, move.schemes[name], again, kept=kept_types(source, name, move.fmt))
+            continue
+        scheme = main or nearest_scheme(move.fmt, source.schemes[name], linear.shape)
+        why = move.fmt.why_not(scheme, linear.shape) if scheme is not None else f"{move.fmt.name} has no scheme for it"
+        if scheme is None or why is not None or (linear.is_transposed and not move.fmt.holds_conv1d):
+            raise FormatError(f"{move.fmt.name} cannot hold {name}, not even quantized again: {why or move.obstacles[name]}; {_ELSEWHERE}")
+        if main is None and not move.fmt.holds_mixed:
+            main = scheme
+        layers[name] = LayerPlan(linear, scheme, again, note=f"quantized again: {move.obstacles[name]}")
+    return layers
+
+
+_ELSEWHERE = "take compressed-tensors, or bf16 for ordinary weights"
+
+
+def _refusal(name: str, move: _Move, source: OpenedCheckpoint, architecture: Architecture, linears: dict[str, Linear]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for layer, why in move.obstacles.items():
+        reasons.setdefault(why, []).append(layer)
+    told = "; ".join(f"{layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''}: {why}" for why, layers in list(reasons.items())[:3])
+    more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    holding = [each for each in CONTAINERS if not _into(each, source, architecture, linears).obstacles]
+    elsewhere = f"{' and '.join(holding)} {'holds' if len(holding) == 1 else 'hold'} every layer as it is" if holding else "no container holds all"
+    again = {scheme.name for layer in move.obstacles if (scheme := nearest_scheme(move.fmt, source.schemes[layer], linears[layer].shape))}
+    requantize = f"--requantize quantizes them again, to {' and '.join(sorted(again))}" if again else "bf16 takes them as ordinary weights"
+    of = f"{len(move.obstacles)} of {len(linears)} layers of {name}"
+    return f"{move.fmt.name} cannot hold {of} without loss: {told}{more}. {elsewhere[0].upper()}{elsewhere[1:]}; {requantize}"

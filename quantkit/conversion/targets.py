@@ -1,0 +1,85 @@
+"""Engines that an output is meant for: one that would not load it is told before any work, with the nearest that it would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from quantkit.conversion.layer_plan import holds
+from quantkit.conversion.options import ConvertOptions
+from quantkit.conversion.plan import Plan
+from quantkit.core.scheme import Scheme
+from quantkit.core.scheme_names import fit_group, parse_scheme
+from quantkit.errors import FormatError
+from quantkit.formats.base import Format
+from quantkit.formats.engine_rules import Stored, StoredLayer
+from quantkit.formats.engines import Engine, Verdict, find_engine, verdict
+from quantkit.formats.registry import CONTAINERS, get_format
+
+_SCHEMES = ("w4a16", "w4a16-asym", "w8a16-channel", "w8a16", "fp8-dynamic", "fp8-block", "w8a8-int8", "nf4", "int8")
+"""What is looked for, in this order, where an engine loads the layers as they are planned from no container."""
+
+
+def stored_by(plan: Plan, model_dtype: torch.dtype) -> Stored:
+    """The checkpoint that a plan will make, as the rules of engines look at it."""
+    if plan.config is None:
+        return Stored(None, model_dtype=model_dtype)
+    return _stored(plan.format, {name: layer.scheme for name, layer in plan.layers.items()}, plan, model_dtype, plan.config)
+
+
+def require_loadable(plan: Plan, options: ConvertOptions, model_dtype: torch.dtype) -> None:
+    """Notes where it is not known whether an engine loads the output.
+
+    Raises:
+        FormatError: an engine of `target_engines` would not.
+    """
+    model_dtype = options.carried_dtype or model_dtype
+    for name in options.target_engines:
+        engine = find_engine(name)
+        found = verdict(engine, stored_by(plan, model_dtype))
+        if found.loads is False:
+            raise FormatError(_refusal(engine, found, plan, model_dtype))
+        if found.loads is None:
+            plan.notes.append(f"whether {engine.name} {engine.version} loads this is not known")
+
+
+def _refusal(engine: Engine, found: Verdict, plan: Plan, model_dtype: torch.dtype) -> str:
+    schemes = sorted({layer.scheme.name for layer in plan.layers.values()})
+    what = f"{plan.format.name} with {len(plan.layers)} layers of {', '.join(schemes)}"
+    instead = next(_instead(engine, plan, model_dtype), None)
+    way = f"nearest that it loads: {instead}" if instead else "it loads nothing near; bf16 writes ordinary weights"
+    return f"{engine.name} {engine.version} would not load {what}: {found.reason}; {way}"
+
+
+def _instead(engine: Engine, plan: Plan, model_dtype: torch.dtype) -> Iterator[str]:
+    """The same layers in another container, another scheme in the same one, then another in another."""
+    as_planned = {name: layer.scheme for name, layer in plan.layers.items()}
+    for container in CONTAINERS:
+        if container != plan.format.name.removesuffix("-v2") and _loads(engine, container, as_planned, plan, model_dtype):
+            yield f"the same layers with --format {container}"
+    own = plan.format.name.removesuffix("-v2")
+    for container in (own, *(each for each in CONTAINERS if each != own)):
+        for name in _SCHEMES:
+            fitted = {layer: fit_group(parse_scheme(name), planned.linear.shape) for layer, planned in plan.layers.items()}
+            schemes = {layer: scheme for layer, scheme in fitted.items() if scheme is not None}
+            if len(schemes) == len(plan.layers) and _loads(engine, container, schemes, plan, model_dtype):
+                yield f"{name}, with --format {container}"
+
+
+def _loads(engine: Engine, container: str, schemes: dict[str, Scheme], plan: Plan, model_dtype: torch.dtype) -> bool:
+    fmt = get_format(container, schemes.values(), model_dtype)
+    fits = all(holds(fmt, scheme) and fmt.why_not(scheme, plan.layers[name].linear.shape) is None for name, scheme in schemes.items())
+    if not fits or (not fmt.holds_mixed and len(set(schemes.values())) > 1):
+        return False
+    stored = _stored(fmt, schemes, plan, model_dtype, fmt.config(schemes, plan.ignored))
+    return verdict(engine, stored).loads is True
+
+
+def _stored(fmt: Format, schemes: dict[str, Scheme], plan: Plan, model_dtype: torch.dtype, config: dict[str, object]) -> Stored:
+    kept = next((layer.kept for layer in plan.layers.values() if layer.kept), None)
+    return Stored(
+        container=str(config["quant_method"]), config=config, model_dtype=model_dtype, plain=tuple(plan.ignored),
+        layers=tuple(StoredLayer(name, plan.layers[name].linear.shape, scheme) for name, scheme in schemes.items()),
+        scale_dtype=kept[0] if kept else fmt.scale_dtype(model_dtype),
+    )  # fmt: skip

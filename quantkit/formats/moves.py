@@ -1,0 +1,100 @@
+"""Whether a stored layer goes into another container as it is: the same codes, scales and zero points on a grid that the container has a name for.
+
+Told from headers, from the columns' order where there is one, and from the scales where their type has to change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.scheme import Scheme
+from quantkit.core.scheme_names import named
+from quantkit.formats.base import Format, KeptTypes
+from quantkit.formats.opened import OpenedCheckpoint
+
+_SCALES = ("scales", "weight_scale", "weight_scale_inv")
+_ORDERS = ("g_idx", "weight_g_idx")
+
+
+def scheme_in(fmt: Format, scheme: Scheme, shape: tuple[int, int]) -> Scheme | None:
+    """What a container calls the layer: the scheme, or the same grid with its zero points written out; None where it has neither."""
+    if fmt.why_not(scheme, shape) is None:
+        return scheme
+    spec = scheme.weight
+    if spec is None or spec.kind != "int" or spec.scale != "float" or not spec.symmetric:
+        return None
+    spelled = named(replace(spec, symmetric=False), scheme.activation)
+    return spelled if fmt.why_not(spelled, shape) is None else None
+
+
+def kept_types(opened: OpenedCheckpoint, module: str, fmt: Format) -> KeptTypes:
+    """The types of scales that the container stores for a layer: the source's own where its loaders take them."""
+    scale, given = _info(opened, module, _SCALES), _info(opened, module, ("input_scale",))
+    kept = fmt.scale_dtype(opened.dtype) if scale is None else _nearest(scale, fmt)
+    return kept, kept if given is None else _nearest(given, fmt)
+
+
+def obstacle(opened: OpenedCheckpoint, module: str, fmt: Format, shape: tuple[int, int]) -> str | None:
+    """Why the layer does not go over as it is, or None where it does."""
+    scheme = opened.schemes[module]
+    if scheme_in(fmt, scheme, shape) is None:
+        return fmt.why_not(scheme, shape)
+    if fmt.name not in ("gptq", "gptq-v2") and has_order(opened, module):
+        return f"its columns are in activation order (desc_act), which {fmt.name} has no place for"
+    for name, kept in zip(("weight", "input"), kept_types(opened, module, fmt), strict=True):
+        found = _read(opened, module, _SCALES if name == "weight" else ("input_scale",))
+        if found is not None and found.is_floating_point() and found.dtype.itemsize > 1 and (change := _change(found, kept)):
+            return f"{fmt.name} stores the scales of its {name} as {_short(kept)}, which changes {change}, stored as {_short(found.dtype)}"
+    return None
+
+
+def has_order(opened: OpenedCheckpoint, module: str) -> bool:
+    """Whether the groups of its columns are not runs of columns."""
+    order, spec = _read(opened, module, _ORDERS), opened.schemes[module].weight
+    if order is None or spec is None:
+        return False
+    plain = torch.arange(len(order), dtype=order.dtype) // spec.group_size(len(order))
+    return not torch.equal(order, plain)
+
+
+def moved(q: QuantizedTensor, scheme: Scheme, kept: KeptTypes) -> QuantizedTensor:
+    """The tensor as another container has it: by its scheme there, with scales of these types."""
+    spec = scheme.weight
+    assert spec is not None
+    zero = q.zero
+    if zero is None and not spec.symmetric:
+        zero = torch.full_like(q.scale, spec.mid_code, dtype=torch.int16)
+    scale = q.scale.to(kept[0]) if spec.scale == "float" else q.scale
+    return replace(q, spec=spec, scale=scale, zero=zero, input_scale=None if q.input_scale is None else q.input_scale.to(kept[1]))
+
+
+def _nearest(dtype: torch.dtype, fmt: Format) -> torch.dtype:
+    return dtype if dtype in fmt.scale_dtypes else fmt.scale_dtypes[-1]
+
+
+def _change(values: Tensor, dtype: torch.dtype) -> str | None:
+    """How many of these values another type cannot hold exactly, and how far off the worst is; None where it holds all."""
+    before, after = values.float(), values.to(dtype).float()
+    changed = before != after
+    if not changed.any():
+        return None
+    off = ((after - before).abs() / before.abs().clamp(min=1e-38))[changed].max()
+    return f"{int(changed.sum())} of {changed.numel()} by up to {100 * float(off):.2g}%"
+
+
+def _info(opened: OpenedCheckpoint, module: str, parts: tuple[str, ...]) -> torch.dtype | None:
+    name = next((name for part in parts if (name := f"{module}.{part}") in opened.reader), None)
+    return None if name is None else opened.reader.info(name).dtype
+
+
+def _read(opened: OpenedCheckpoint, module: str, parts: tuple[str, ...]) -> Tensor | None:
+    name = next((name for part in parts if (name := f"{module}.{part}") in opened.reader), None)
+    return None if name is None else opened.reader.get(name)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
