@@ -51,6 +51,7 @@ CONTAINERS = "compressed-tensors, gptq, gptq-v2, awq, fp8, bitsandbytes"
 @click.option("--target-bpw", metavar="BITS", help="Choose layers' bits by measurement, for 4.25 bits a weight in them, or file:4.5 over all.")
 @click.option("--max-kl", type=float, metavar="NATS", help="The same with the fewest bits whose KL divergence is at most this, such as 0.02.")
 @click.option("--allocation", metavar="FILE", help="What an earlier run measured: a file, or its output. A new name is written.")
+@click.option("--moe-calibrate-all-experts/--moe-calibrate-routed", default=None, help="Every token to every expert. Default: the recipe's.")
 @click.option("--max-shard-size", default="5GB", show_default=True, type=Size(), help="Largest weight file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT once the new one is whole.")
@@ -109,6 +110,7 @@ def _settings(options: dict[str, Any]) -> ConvertOptions:
         recipe=options["recipe"], format=options["format_name"], calibration=calibration, overrides=options["override"], ignore=options["ignore"],
         group_size=options["group_size"], target_bpw=options["target_bpw"], max_kl=options["max_kl"],
         allocation=options["allocation"], dtype=options["dtype"], device=options["device"], max_shard_size=options["max_shard_size"],
+        moe_calibrate_all_experts=options["moe_calibrate_all_experts"],
         overwrite=options["overwrite"], fresh=options["fresh"], requantize=options["requantize"], measure=options["measure"],
         trust_remote_code=options["trust_remote_code"],
     )  # fmt: skip

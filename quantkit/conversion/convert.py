@@ -124,6 +124,7 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
     return {
         "source fingerprint": prepared.source.reader.fingerprint(), "recipe": prepared.recipe.name, **rules, "fallback": prepared.recipe.fallback,
         "format": options.format, "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen,
+        "experts calibrated on": "all tokens" if prepared.plan.calibrates_all_experts else "their own",
         "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
     }  # fmt: skip

@@ -26,6 +26,7 @@ class ConvertOptions:
         target_bpw: choose schemes by measurement so that the quantized linears come to at most this many bits a weight; "file:4.5" counts all files.
         max_kl: the same, with the fewest bits whose KL divergence on held-out rows is at most this.
         allocation: a file, or the folder of an earlier conversion, whose measurement is used in place of a new one; a new name gets the new one.
+        moe_calibrate_all_experts: every expert sees every calibration token, whoever it is routed to; None is what the recipe says.
         requantize: take an already quantized source, decoded, as the original.
         measure: perplexity and KL on held-out calibration rows; only calibrated recipes have any.
     """
@@ -39,6 +40,7 @@ class ConvertOptions:
     target_bpw: float | int | str | None = None
     max_kl: float | int | None = None
     allocation: str | None = None
+    moe_calibrate_all_experts: bool | None = None
     dtype: str = "auto"
     device: str = "auto"
     max_shard_size: int = 5_000_000_000

@@ -20,6 +20,7 @@ from quantkit.formats.base import Format, plan_shapes
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import get_format
 from quantkit.models.architecture import Architecture
+from quantkit.models.experts import separate_experts
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Plan:
         moved: for every block with a transform, by path, the unquantized tensors of its own, which are written with its layers: a transform may
             be folded into them.
         max_shard_size: bytes of one weight file.
+        calibrates_all_experts: every expert sees every calibration token, whoever it is routed to.
     """
 
     format: Format
@@ -49,6 +51,7 @@ class Plan:
     parameters: int = 0
     notes: list[str] = field(default_factory=list)
     moved: dict[str, list[str]] = field(default_factory=dict)
+    calibrates_all_experts: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -128,6 +131,8 @@ def make_plan(
             plan.carried.append(name)
             plan.parameters += torch.Size(shape).numel()
     _move(plan, architecture)
+    has_experts = any(separate_experts(block.module) for block in architecture.blocks)
+    plan.calibrates_all_experts = recipe.moe_calibrate_all_experts and has_experts and plan.needs_calibration
     return plan
 
 

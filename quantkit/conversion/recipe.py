@@ -71,6 +71,7 @@ class Recipe(BaseModel):
 
     Attributes:
         fallback: the scheme of layers that no group size fits, rounded as their rule says; "none" leaves them as they are.
+        moe_calibrate_all_experts: let every expert see every calibration token, whoever it is routed to; nothing where there are no experts.
         allocate: choose schemes by measurement; those of the rules then only say which family, and how layers are rounded.
     """
 
@@ -80,6 +81,7 @@ class Recipe(BaseModel):
     description: str = ""
     rules: tuple[Rule, ...] = Field(min_length=1)
     fallback: str = "w8a16-channel"
+    moe_calibrate_all_experts: bool = False
     allocate: Allocate | None = None
 
     @field_validator("fallback")
@@ -125,8 +127,9 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
     def changed(
-        self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None, budget: Budget | None = None
-    ) -> Recipe:
+        self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None, budget: Budget | None = None,
+        moe_calibrate_all_experts: bool | None = None,
+    ) -> Recipe:  # fmt: skip
         """This recipe with the command line's wishes in front.
 
         Args:
@@ -134,6 +137,7 @@ class Recipe(BaseModel):
             ignore: patterns of layers that keep their own type.
             group_size: for every quantized rule and every override that names no group; strict, as is a group named in an override.
             budget: for an allocation, in place of the recipe's own; what is overridden is then fixed.
+            moe_calibrate_all_experts: None leaves it as the recipe says.
 
         Raises:
             UsageError: an override or pattern is not valid, or a rule's activations are quantized, whose weights have one scale a channel.
@@ -157,7 +161,8 @@ class Recipe(BaseModel):
             allocate = self._allocating(group_size, budget)
             if allocate is not None:
                 front = [rule.model_copy(update={"candidates": ()}) for rule in front]
-            return self.model_copy(update={"rules": tuple(front + rules), "allocate": allocate})
+            shows_all = self.moe_calibrate_all_experts if moe_calibrate_all_experts is None else moe_calibrate_all_experts
+            return self.model_copy(update={"rules": tuple(front + rules), "allocate": allocate, "moe_calibrate_all_experts": shows_all})
         except RecipeError as error:  # the same words stand for a recipe's own content where that is wrong
             raise UsageError(str(error)) from error
 

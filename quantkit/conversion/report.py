@@ -14,6 +14,7 @@ class LayerResult:
         error: relative squared error; of the layer's output on calibration data where there was any, else of the weight.
         seen_tokens: calibration tokens behind the rounding, None where it looked at the weight alone.
         transform: what became of its transform: where its scale was folded, or why nowhere; None where the recipe asks for none.
+        routed_tokens: calibration tokens that the router sent to the expert it is of, None for a layer that is of none.
     """
 
     name: str
@@ -23,6 +24,7 @@ class LayerResult:
     seen_tokens: int | None = None
     note: str | None = None
     transform: str | None = None
+    routed_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -45,6 +47,10 @@ class ConversionReport:
     notes: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
     """Files of the source that the output lacks, or has of its own under the same name."""
+    calibration_data: dict[str, Any] | None = None
+    """The figures behind `calibration`: source, documents, rows and tokens, the seed, and what was held out to measure on."""
+    experts: dict[str, Any] | None = None
+    """How many calibration tokens reached the experts of each block, and which got too few; None where there are none."""
     allocation: dict[str, Any] | None = None
     """Where schemes were chosen by measurement: budget, choice by unit, predicted and measured KL, and what other sizes would do."""
 

@@ -15,6 +15,7 @@ from quantkit.errors import CalibrationError, SourceError
 from quantkit.formats.base import Format
 from quantkit.methods.base import Rounding, Statistics
 from quantkit.methods.registry import get_rounding
+from quantkit.models.experts import expert_of
 from quantkit.models.streaming import Weights
 
 MIN_TOKENS = 32
@@ -24,13 +25,16 @@ MIN_TOKENS = 32
 def round_together(
     names: list[str], plan: Plan, weights: Weights, statistics: Statistics | None, model_dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:
-    """Quantize linears that read one input; those with one scheme and rounding are rounded as one tall matrix, if rows can be taken apart again."""
+    """Quantize linears that read one input; those with one scheme and rounding are rounded as one tall matrix, if rows can be taken apart again.
+
+    Experts that all see the same tokens are rounded one by one all the same: a block's experts at once would take several times its memory.
+    """
     if statistics is not None and statistics.num_tokens < MIN_TOKENS:
         statistics = None
     kinds: dict[tuple[str, Rounding, str], list[str]] = {}
     for name in names:
         layer = plan.layers[name]
-        alone = name if layer.scheme.weight is not None and layer.scheme.weight.is_flat else ""
+        alone = name if layer.scheme.weight is not None and layer.scheme.weight.is_flat else expert_of(name) or ""
         kinds.setdefault((layer.scheme.name, layer.rounding, alone), []).append(name)
     for alike in kinds.values():
         yield from _round_alike([plan.layers[name] for name in alike], plan, weights, statistics, model_dtype, device)
