@@ -143,6 +143,8 @@ def show_report(report: ConversionReport) -> None:
     results.print(table)
     if report.calibration:
         results.print(report.calibration)
+    if report.experts:
+        results.print(report.experts["summary"])
     for note in report.notes:
         results.print(f"note: {note}")
     _show_notes(results, {f"{layer.name}: {layer.note}" for layer in report.layers if layer.note}, report.left_alone)

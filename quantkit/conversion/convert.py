@@ -129,6 +129,7 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
         "source fingerprint": prepared.source.reader.fingerprint(), **made_by,
         "format": options.container, "requantize": options.requantize,
         "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen, **cache,
+        "experts calibrated on": "all tokens" if prepared.plan.calibrates_all_experts else "their own",
         "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
     }  # fmt: skip

@@ -33,6 +33,7 @@ class ConvertOptions:
         max_kl: the same, with the fewest bits whose KL divergence on held-out rows is at most this.
         allocation: a file, or the folder of an earlier conversion, whose measurement is used in place of a new one; a new name gets the new one.
         kv_cache: calibrate scales for a KV cache, "fp8" with one a tensor, "fp8-head" with one a head; "none" against a recipe that does.
+        moe_calibrate_all_experts: every expert sees every calibration token, whoever it is routed to; None is what the recipe says.
         requantize: take an already quantized source, decoded, as the original; where only a container is asked for, just the layers it cannot hold.
         target_engines: engines that must load the output, or nothing is done.
         measure: perplexity and KL on held-out calibration rows; only calibrated recipes have any.
@@ -48,6 +49,7 @@ class ConvertOptions:
     max_kl: float | int | None = None
     allocation: str | None = None
     kv_cache: str | None = None
+    moe_calibrate_all_experts: bool | None = None
     dtype: str = "auto"
     device: str = "auto"
     max_shard_size: int = 5_000_000_000

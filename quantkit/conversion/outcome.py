@@ -15,9 +15,10 @@ from quantkit.checkpoint.side_files import left_behind
 from quantkit.conversion.allocation_file import ALLOCATION_FILE, PICTURE_FILE
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.card import kept_front_matter, model_card
+from quantkit.conversion.coverage import coverage
 from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult
-from quantkit.conversion.rows import account
+from quantkit.conversion.rows import account, figures
 from quantkit.core.divergence import DivergenceResult
 from quantkit.formats.kv_scales import KV_CACHES, in_words
 
@@ -30,6 +31,7 @@ def make_report(
     allocation: dict[str, Any] | None = None,
 ) -> ConversionReport:
     plan, folder, recipe = prepared.plan, prepared.origin.folder, prepared.recipe
+    reached = coverage(results, saw_all=plan.calibrates_all_experts)
     own = _OWN_FILES if recipe else [name for name in _OWN_FILES if name != RECIPE_FILE]
     behind = left_behind(folder, weights=prepared.source.reader.files, exclude=own)
     return ConversionReport(
@@ -37,7 +39,9 @@ def make_report(
         left_alone=plan.left_alone, bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, linear_bpw=plan.linear_bpw,
         file_bpw=plan.file_bpw, seconds=seconds, peak_memory_bytes=peak_memory(),
         kv_cache=None if plan.kv_cache is None else in_words(KV_CACHES[plan.kv_cache.name]),
-        calibration=account(rows, prepared.options) if rows else None, divergence=divergence.to_dict() if divergence else None,
+        calibration=account(rows, prepared.options) if rows else None,
+        calibration_data=figures(rows, prepared.options) if rows else None, experts=reached.to_dict() if reached else None,
+        divergence=divergence.to_dict() if divergence else None,
         versions={name: version(name) for name in ("quantkit", "torch", "transformers")}, notes=[*plan.notes, *_without_place(results)],
         left_behind=[path.as_posix() for path in behind], allocation=allocation,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import get_format
 from quantkit.formats.stored_layers import stored_shape
 from quantkit.models.architecture import Architecture
+from quantkit.models.experts import separate_experts
 
 
 @dataclass(eq=False)
@@ -41,6 +42,7 @@ class Plan:
         settings: what the quantization_config says beside the layers' schemes.
         keeps_codes: the source is quantized, and its layers go over as they are, but for those that cannot.
         max_shard_size: bytes of one weight file.
+        calibrates_all_experts: every expert sees every calibration token, whoever it is routed to.
     """
 
     format: Format
@@ -59,6 +61,7 @@ class Plan:
     kv_cache: KVCachePlan | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     keeps_codes: bool = False
+    calibrates_all_experts: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -144,6 +147,8 @@ def make_plan(
         instead = "new ones are calibrated" if plan.kv_cache is not None else "--kv-cache calibrates new ones"
         plan.notes.append(f"the source's {len(old_scales)} scales of its KV cache are left out, as they are of its own layers; {instead}")
     _move(plan, architecture)
+    has_experts = any(separate_experts(block.module) for block in architecture.blocks)
+    plan.calibrates_all_experts = recipe.moe_calibrate_all_experts and has_experts and plan.needs_calibration
     return plan
 
 

@@ -24,6 +24,7 @@ from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import PLAIN
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.device import find_device
+from quantkit.models.experts import expert_of, separate_experts
 
 
 @dataclass(eq=False, slots=True)
@@ -57,8 +58,9 @@ def check_output(source: str, out: Path, options: ConvertOptions) -> None:
 def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     """Read headers and decide everything; raises the error of whatever cannot be done."""
     recipe = Recipe.load(options.recipe or DEFAULT_RECIPE).changed(
-        overrides=options.overrides, ignore=options.ignore, group_size=options.group_size, budget=options.budget, kv_cache=options.kv_cache
-    )
+        overrides=options.overrides, ignore=options.ignore, group_size=options.group_size, budget=options.budget, kv_cache=options.kv_cache,
+        moe_calibrate_all_experts=options.moe_calibrate_all_experts,
+    )  # fmt: skip
     if options.allocation is not None and recipe.allocate is None:
         raise UsageError(f"allocation {options.allocation} is given and no budget; add --target-bpw or --max-kl, or take a recipe that allocates")
     device = find_device(options.device)
@@ -73,6 +75,8 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     if keeps_codes:
         plan = plan_moves(opened, architecture, options, origin.name)
         return _targeted(Prepared(origin, opened, architecture, None, plan, options, device))
+    if options.moe_calibrate_all_experts:
+        _require_experts(architecture, origin)
     prepared = Prepared(origin, opened, architecture, recipe, _plan(opened, architecture, recipe, options), options, device)
     if recipe.allocate is not None:
         prepared = _with_problem(prepared)
@@ -173,6 +177,16 @@ def require_apart(source: Path, out: Path) -> None:
     folder, target = source.resolve(), out.expanduser().resolve()
     if target == folder or target in folder.parents:
         raise OutputError(f"{out} {'is' if target == folder else 'holds'} the source model; choose another output")
+
+
+def _require_experts(architecture: Architecture, origin: Source) -> None:
+    """There are experts, and none that the model's own code runs, on tokens of its choice."""
+    shown = {id(module) for block in architecture.blocks for experts in separate_experts(block.module) for module in experts.modules()}
+    linears = [linear for block in architecture.blocks for linear in block.linears if expert_of(linear.name)]
+    own = [linear.name for linear in linears if id(architecture.model.get_submodule(linear.path)) not in shown]
+    if not shown or own:
+        why = f"{some(own)} are run by the model's own code, on the tokens routed to them" if own else "it has no experts that can be run one by one"
+        raise UsageError(f"{origin.name} cannot show all experts every token: {why}; leave --moe-calibrate-all-experts out")
 
 
 def _require_tensors(architecture: Architecture, opened: OpenedCheckpoint, origin: Source) -> None:

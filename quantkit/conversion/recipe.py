@@ -72,6 +72,7 @@ class Recipe(BaseModel):
 
     Attributes:
         fallback: the scheme of layers that no group size fits, rounded as their rule says; "none" leaves them as they are.
+        moe_calibrate_all_experts: let every expert see every calibration token, whoever it is routed to; nothing where there are no experts.
         allocate: choose schemes by measurement; those of the rules then only say which family, and how layers are rounded.
         kv_cache_scheme: the KV cache to calibrate scales for: "fp8", "fp8-head", the mapping that a checkpoint's config has of it, or "none".
     """
@@ -82,6 +83,7 @@ class Recipe(BaseModel):
     description: str = ""
     rules: tuple[Rule, ...] = Field(min_length=1)
     fallback: str = "w8a16-channel"
+    moe_calibrate_all_experts: bool = False
     allocate: Allocate | None = None
     kv_cache_scheme: str | None = None
 
@@ -134,7 +136,7 @@ class Recipe(BaseModel):
 
     def changed(
         self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None, budget: Budget | None = None,
-        kv_cache: str | None = None,
+        kv_cache: str | None = None, moe_calibrate_all_experts: bool | None = None,
     ) -> Recipe:  # fmt: skip
         """This recipe with the command line's wishes in front.
 
@@ -144,6 +146,7 @@ class Recipe(BaseModel):
             group_size: for every quantized rule and every override that names no group; strict, as is a group named in an override.
             budget: for an allocation, in place of the recipe's own; what is overridden is then fixed.
             kv_cache: in place of the recipe's own, "none" for none.
+            moe_calibrate_all_experts: None leaves it as the recipe says.
 
         Raises:
             UsageError: an override or pattern is not valid, or a rule's activations are quantized, whose weights have one scale a channel.
@@ -167,8 +170,10 @@ class Recipe(BaseModel):
             allocate = self._allocating(group_size, budget)
             if allocate is not None:
                 front = [rule.model_copy(update={"candidates": ()}) for rule in front]
-            kept = {"kv_cache_scheme": self.kv_cache_scheme if kv_cache is None else kv_cache_name(kv_cache)}
-            return self.model_copy(update={"rules": tuple(front + rules), "allocate": allocate} | kept)
+            shows_all = self.moe_calibrate_all_experts if moe_calibrate_all_experts is None else moe_calibrate_all_experts
+            cache = self.kv_cache_scheme if kv_cache is None else kv_cache_name(kv_cache)
+            update = {"rules": tuple(front + rules), "allocate": allocate, "moe_calibrate_all_experts": shows_all, "kv_cache_scheme": cache}
+            return self.model_copy(update=update)
         except RecipeError as error:  # the same words stand for a recipe's own content where that is wrong
             raise UsageError(str(error)) from error
 

@@ -16,6 +16,7 @@ class LayerResult:
         lossless: of a layer that was quantized already: whether it dequantizes to the same values as before, bit for bit; else None.
         max_error: the largest of these values' changes.
         transform: what became of its transform: where its scale was folded, or why nowhere; None where the recipe asks for none.
+        routed_tokens: calibration tokens that the router sent to the expert it is of, None for a layer that is of none.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LayerResult:
     transform: str | None = None
     lossless: bool | None = None
     max_error: float | None = None
+    routed_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -51,6 +53,10 @@ class ConversionReport:
     """Files of the source that the output lacks, or has of its own under the same name."""
     kv_cache: str | None = None
     """The cache whose scales were calibrated, in words."""
+    calibration_data: dict[str, Any] | None = None
+    """The figures behind `calibration`: source, documents, rows and tokens, the seed, and what was held out to measure on."""
+    experts: dict[str, Any] | None = None
+    """How many calibration tokens reached the experts of each block, and which got too few; None where there are none."""
     allocation: dict[str, Any] | None = None
     """Where schemes were chosen by measurement: budget, choice by unit, predicted and measured KL, and what other sizes would do."""
 

@@ -16,6 +16,7 @@ from quantkit.formats.base import Format
 from quantkit.formats.fusion import with_one_range
 from quantkit.methods.base import Rounding, Statistics
 from quantkit.methods.registry import get_rounding
+from quantkit.models.experts import expert_of
 from quantkit.models.streaming import Weights
 
 MIN_TOKENS = 32
@@ -48,6 +49,8 @@ def round_together(
 ) -> Iterator[tuple[str, QuantizedTensor, LayerResult]]:  # fmt: skip
     """Quantize linears that read one input; those with one scheme and rounding are rounded as one tall matrix, if rows can be taken apart again.
 
+    Experts that all see the same tokens are rounded one by one all the same: a block's experts at once would take several times its memory.
+
     Args:
         largest: the largest weight of theirs and of layers that are rounded elsewhere and have one range with them; None where there are none.
     """
@@ -56,7 +59,7 @@ def round_together(
     kinds: dict[tuple[str, Rounding, str], list[str]] = {}
     for name in names:
         layer = plan.layers[name]
-        alone = name if layer.scheme.weight is not None and layer.scheme.weight.is_flat else ""
+        alone = name if layer.scheme.weight is not None and layer.scheme.weight.is_flat else expert_of(name) or ""
         kinds.setdefault((layer.scheme.name, layer.rounding, alone), []).append(name)
     for alike in kinds.values():
         yield from _round_alike([plan.layers[name] for name in alike], plan, weights, statistics, model_dtype, device, largest)

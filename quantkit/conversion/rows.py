@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from quantkit.conversion.calibration import CalibrationSet, load_calibration
 from quantkit.conversion.options import ConvertOptions
@@ -46,5 +47,16 @@ def num_held_out(num_samples: int) -> int:
 
 
 def account(rows: CalibrationSet, options: ConvertOptions) -> str:
+    """In words."""
     calibration, held_out = split_rows(rows, options)
-    return calibration.report.summary() + (f"; held out to measure on: {len(held_out.input_ids)} more" if held_out else "")
+    seed = "" if options.calibration.is_tokens else f"; seed {options.calibration.seed}"
+    return calibration.report.summary() + seed + (f"; held out to measure on: {len(held_out.input_ids)} more" if held_out else "")
+
+
+def figures(rows: CalibrationSet, options: ConvertOptions) -> dict[str, Any]:
+    """The same as JSON values."""
+    calibration, held_out = split_rows(rows, options)
+    wanted = options.calibration
+    chosen = {"seed": None, "layout": None} if wanted.is_tokens else {"seed": wanted.seed, "layout": wanted.layout}
+    held = {"held_out_rows": held_out.report.rows, "held_out_tokens": held_out.report.num_tokens} if held_out else {}
+    return asdict(calibration.report) | chosen | {"held_out_rows": 0, "held_out_tokens": 0} | held

@@ -3,7 +3,8 @@
 A small change dW of a layer changes its output by dy = dW x, and the model's distributions by a KL of about 1/2 E[(g . dy)^2], where g is the
 gradient of ln p(token) by that output and the token is drawn from the model's own distribution (the Fisher information). Hidden states
 between blocks are kept; backward, each block is run again with its weights alone in memory. Products of different places and of different
-layers are left out of the square: rounding errors are as good as independent, and the sum of many samples has far less noise.
+layers are left out of the square: rounding errors are as good as independent, and the sum of many samples has far less noise. Experts are measured
+on the tokens routed to them, however they will be calibrated: what they do to others is not part of any output.
 """
 
 from __future__ import annotations

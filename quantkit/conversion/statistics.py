@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class HessianCollector:
         self._owner: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._seen: list[tuple[Tensor, str]] = []
+        self._seen: list[tuple[ref[Tensor], str]] = []  # weakly, as an expert's own states need not outlive it
         self._valid: Tensor | None = None
 
     @contextmanager
@@ -50,9 +51,9 @@ class HessianCollector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            owner = next((o for tensor, o in self._seen if tensor is x), None)
+            owner = next((o for tensor, o in self._seen if tensor() is x), None)
             if owner is None:
-                self._seen.append((x, name))
+                self._seen.append((ref(x), name))
                 self._add(name, x)
             self._owner[name] = owner or name
 

@@ -41,8 +41,8 @@ from quantkit.methods.tuned import Tuned
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows, logit_places
-from quantkit.models.experts import skipping_padding
 from quantkit.models.kv_states import handling_keys_and_values
+from quantkit.models.routing import Routing
 from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
 
 _LOOKED_AT_ONCE = 1 << 24
@@ -277,17 +277,18 @@ class CalibratedWork:
         modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
         moved = self.place.plan.moved.get(block.path)
         collector = HessianCollector(modules, sizes=moved is not None or self.place.plan.has_static_inputs)
+        routing = Routing(block.module, shows_all=self.place.plan.calibrates_all_experts)
         for batch in self.calibration.batches(self.runner, index):
             valid = self.calibration.rows.valid[batch]
-            with collector.watching(valid), skipping_padding(block.module, valid):
+            with collector.watching(valid), routing.watching(valid):
                 self.calibration.through(self.runner, index, batch)
         place = self.place
         done = Transformed(place.source, collector.shared()) if moved is None else self._transform(index, block, collector)
         peaks = collector.peaks() if moved is None else peaks_of(done.groups)
         scales, notes = input_scales([place.plan.layers[name] for name in wanted], peaks, place.plan.format.scale_dtype(place.model_dtype))
-        results, names = [], []
+        results, names, routed = [], [], routing.tokens(modules)
         for name, q, result in self._rounded(index, done, modules):
-            result.transform = done.words.get(name)
+            result.transform, result.routed_tokens = done.words.get(name), routed.get(name)
             result.note = "; ".join(note for note in (result.note, notes.get(name)) if note) or None
             names += place.write(name, replace(q, input_scale=scales.get(name)))
             results.append(result)

@@ -6,6 +6,7 @@ checkpoint's shape before anything is loaded. Experts of another layout (transpo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -35,10 +36,17 @@ class Expert(nn.Module):
 
 
 class SeparateExperts(nn.ModuleList):
-    """Every expert on the tokens routed to it; the signature is the fused module's own."""
+    """Every expert on the tokens routed to it; the signature is the fused module's own.
+
+    Attributes:
+        valid: bool [tokens] while padding is skipped.
+        routed: int64 [experts] while tokens are counted: how many the router sent to each.
+        shows_all: run every expert on all tokens, for those who watch its inputs; what it gives for tokens of others is let go.
+    """
 
     valid: Tensor | None = None
-    """bool [tokens] while padding is skipped."""
+    routed: Tensor | None = None
+    shows_all: bool = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
@@ -46,16 +54,29 @@ class SeparateExperts(nn.ModuleList):
             top_k_index = top_k_index.masked_fill(~self.valid.to(top_k_index.device)[:, None], -1)
         for number, expert in enumerate(self):
             token, position = torch.where(top_k_index == number)
-            if token.numel():
-                weighted = expert(hidden_states[token]) * top_k_weights[token, position, None]
-                out.index_add_(0, token, weighted.to(out.dtype))
+            if self.routed is not None:
+                self.routed[number] += token.numel()
+            if self.shows_all or token.numel():
+                given = expert(hidden_states)[token] if self.shows_all else expert(hidden_states[token])
+                out.index_add_(0, token, (given * top_k_weights[token, position, None]).to(out.dtype))
         return out
+
+
+def separate_experts(block: nn.Module) -> list[SeparateExperts]:
+    """Every set of experts in a block that is run one expert after another."""
+    return [module for module in block.modules() if isinstance(module, SeparateExperts)]
+
+
+def expert_of(name: str) -> str | None:
+    """The name of the expert that a linear of this name is of, None for one that is of none."""
+    found = re.match(r".*\.experts\.\d+(?=\.)", name)
+    return found[0] if found else None
 
 
 @contextmanager
 def skipping_padding(block: nn.Module, valid: Tensor) -> Iterator[None]:
     """Route no token of the forward pass to an expert that `valid`, bool [B, T], calls padding."""
-    experts = [module for module in block.modules() if isinstance(module, SeparateExperts)]
+    experts = separate_experts(block)
     for module in experts:
         module.valid = valid.flatten()
     try:
