@@ -10,11 +10,12 @@ from quantkit.errors import RecipeError, did_you_mean
 from quantkit.methods.awq import AWQ
 from quantkit.methods.base import Rounding, Transform
 from quantkit.methods.gptq import GPTQ
+from quantkit.methods.hqq import HalfQuadratic
 from quantkit.methods.rtn import RoundToNearest, SearchedScales
 from quantkit.methods.smoothquant import SmoothQuant
 from quantkit.methods.tuned import Tuned
 
-ROUNDINGS: dict[str, Callable[..., Rounding]] = {"rtn": RoundToNearest, "mse": SearchedScales, "gptq": GPTQ, "tuned": Tuned}
+ROUNDINGS: dict[str, Callable[..., Rounding]] = {"rtn": RoundToNearest, "mse": SearchedScales, "hqq": HalfQuadratic, "gptq": GPTQ, "tuned": Tuned}
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"awq": AWQ, "smoothquant": SmoothQuant}
 
 
