@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.core.groups import as_groups
+from quantkit.core.groups import as_groups, from_groups
 from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.quantize import from_grid, range_grid
+from quantkit.core.scales import ScaleType
 from quantkit.core.scheme import QuantSpec
 from quantkit.methods.base import Statistics
 from quantkit.methods.rtn import RoundToNearest
@@ -27,17 +29,18 @@ class ClippedToNearest:
     needs_calibration = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
-        nearest = RoundToNearest()
         if statistics is None or spec.spans_rows:
-            return nearest(weight, spec, scale_dtype, None)
-        blocks = _blocks(statistics.hessian, spec)
-        limit = as_groups(weight, spec).abs().amax(-1, keepdim=True)
+            return RoundToNearest()(weight, spec, scale_dtype, None)
+        groups, scales, blocks = as_groups(weight, spec), ScaleType.of(spec, scale_dtype, weight), _blocks(statistics.hessian, spec)
+        ends = torch.stack([groups.amin(-1), groups.amax(-1)], dim=-1)
+        limit = ends.abs().amax(-1, keepdim=True)
         best, least = limit, torch.full_like(limit, torch.inf)
         for share in torch.linspace(1.0, self.smallest, self.steps).tolist():
-            rounded = nearest(_cut(weight, limit * share, spec), spec, scale_dtype, None).dequantize()
-            error = output_error(as_groups(rounded - weight, spec), blocks)
+            grid = range_grid(_cut(ends, limit * share), spec, scales)
+            error = output_error(grid.values(grid.nearest(groups, spec)).sub_(groups), blocks)
             best, least = torch.where(error < least, limit * share, best), torch.minimum(error, least)
-        return nearest(_cut(weight, best, spec), spec, scale_dtype, None)
+        grid = range_grid(_cut(ends, best), spec, scales)
+        return from_grid(spec, from_groups(grid.nearest(groups, spec), spec, weight.shape), grid, scales)
 
 
 def output_error(difference: Tensor, blocks: Tensor) -> Tensor:
@@ -52,6 +55,6 @@ def _blocks(hessian: Tensor, spec: QuantSpec) -> Tensor:
     return torch.stack([hessian[start : start + size, start : start + size] for start in range(0, len(hessian), size)])
 
 
-def _cut(weight: Tensor, limit: Tensor, spec: QuantSpec) -> Tensor:
-    groups = as_groups(weight, spec)
-    return torch.minimum(torch.maximum(groups, -limit), limit).reshape(weight.shape)
+def _cut(ends: Tensor, limit: Tensor) -> Tensor:
+    """The smallest and largest weight of every group [N, G, 2], neither beyond the limit [N, G, 1]: a grid is spanned by no more than these."""
+    return torch.minimum(torch.maximum(ends, -limit), limit)

@@ -8,7 +8,7 @@ import torch
 from quantkit.core.scheme import QuantSpec
 from quantkit.errors import RecipeError
 from quantkit.methods.awq import AWQ, error, expected_error
-from quantkit.methods.base import Reader, Statistics
+from quantkit.methods.base import Reader, Rounding, Statistics
 from quantkit.methods.clip import ClippedToNearest
 from quantkit.methods.rtn import RoundToNearest, SearchedScales
 
@@ -20,7 +20,7 @@ def statistics() -> Statistics:
     return Statistics(INPUTS.T @ INPUTS / len(INPUTS), len(INPUTS), INPUTS.abs().mean(0), INPUTS.abs().amax(0))
 
 
-def reader(rows: int = 48, spec: QuantSpec = SPEC, rounding: RoundToNearest | SearchedScales | None = None) -> Reader:
+def reader(rows: int = 48, spec: QuantSpec = SPEC, rounding: Rounding | None = None) -> Reader:
     weight = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1))
     return Reader(weight, statistics(), spec, rounding or RoundToNearest(), torch.float32)
 
@@ -53,6 +53,15 @@ def test_the_scale_lowers_the_error_and_polishing_lowers_it_further() -> None:
     none, searched, polished = (error([one], scale) for scale in scales)
 
     assert polished < searched < 0.9 * none
+
+
+@pytest.mark.parametrize("rounding", [ClippedToNearest(), SearchedScales()], ids=["clipped", "searched"])
+def test_the_few_scales_that_are_judged_lose_no_more_than_all_would(rounding: Rounding) -> None:
+    one, index = reader(rounding=rounding), torch.arange(64)
+    awq = AWQ(polish=0)
+    least = min(error([one], scale) for scale in awq._candidates([one], index, 64))
+
+    assert error([one], awq.scale([one], index, 64)) <= 1.02 * least
 
 
 def test_channels_that_share_a_scale_are_given_one() -> None:
@@ -97,6 +106,18 @@ def test_clipping_lowers_the_error_of_outputs_and_of_no_group_raises_it() -> Non
     plain, clipped = errors(RoundToNearest()), errors(ClippedToNearest())
 
     assert bool((clipped <= plain * 1.0001 + 1e-6).all()) and float(clipped.sum()) < 0.9 * float(plain.sum())
+
+
+def test_weights_beyond_a_clipped_range_take_its_end() -> None:
+    weight = torch.linspace(-1, 1, 32).repeat(2, 1)
+    weight[:, -1] = 8.0  # an input that is hardly ever on
+    seen = Statistics(torch.diag(torch.cat([torch.ones(31), torch.tensor([1e-6])])), 400)
+
+    clipped, plain = (rounding(weight, SPEC, torch.float32, seen) for rounding in (ClippedToNearest(smallest=0.1), RoundToNearest()))
+
+    assert (clipped.codes[:, -1] == SPEC.max_code).all() and (clipped.dequantize()[:, -1] < 2).all()
+    others = [(q.dequantize() - weight)[:, :-1].square().mean() for q in (clipped, plain)]
+    assert others[0] < 0.1 * others[1]
 
 
 def test_clipping_without_statistics_is_rounding_to_nearest() -> None:
