@@ -61,7 +61,8 @@ def plan_kv_cache(name: str, architecture: Architecture, fmt: Format) -> KVCache
     if fmt.name not in HOLDS_KV_SCALES:
         raise FormatError(f"{fmt.name} has no place for the scales of a KV cache; use {' or '.join(HOLDS_KV_SCALES)}, or leave --kv-cache out")
     found, text = attentions(architecture.model), architecture.config.get_text_config()
-    without = [layer for layer in range(text.num_hidden_layers) if layer not in found]
+    recurrent = {layer for layer, kind in enumerate(getattr(text, "layer_types", None) or ()) if kind == "linear_attention"}
+    without = [layer for layer in range(text.num_hidden_layers) if layer not in found or layer in recurrent]
     if without:
         raise RecipeError(f"layer {without[0]} of {type(architecture.model).__name__} keeps no keys and values; leave --kv-cache out")
     latent = [path for path, module in found.values() if getattr(module, "kv_lora_rank", None)]
@@ -122,7 +123,7 @@ class KVPeaks:
 
 def _scale(peak: Tensor, plan: KVCachePlan, name: str, dtype: torch.dtype) -> Tensor:
     """A head that was always 0 takes the layer's, and a layer that was takes 1: whatever it is divided by is 0."""
-    if len(peak) != plan.heads:
+    if prod(plan.shape) not in (1, len(peak)):
         raise CalibrationError(f"{name}: the layer keeps {len(peak)} heads, and the config says {plan.heads}; leave --kv-cache out")
     if not bool(torch.isfinite(peak).all()):
         raise CalibrationError(f"{name}: keys or values are infinite or NaN on calibration data; the model is most likely damaged")

@@ -33,10 +33,14 @@ class _PassingCache(DynamicCache):
 
 
 def attentions(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """Path and module of what keeps keys and values, by the layer's index: the innermost modules that know it and take a cache."""
+    """Path and module of what keeps keys and values, by the layer's index: the innermost modules that know it, take a cache, and are attentions.
+
+    Recurrent mixers take a cache too; compressed-tensors tells the two apart by their class's name as well.
+    """
     known = {path: module for path, module in model.named_modules() if isinstance(getattr(module, "layer_idx", None), int)}
     outer = {path[:at] for path in known for at, letter in enumerate(path) if letter == "."}
-    return {module.layer_idx: (path, module) for path, module in known.items() if path not in outer and _cache_argument(module) is not None}
+    inner = {path: module for path, module in known.items() if path not in outer and "attention" in type(module).__name__.lower()}
+    return {module.layer_idx: (path, module) for path, module in inner.items() if _cache_argument(module) is not None}
 
 
 @contextmanager

@@ -26,6 +26,8 @@ def verdict(engine: str, model: Stored) -> Verdict:
     return next(v for v in verdicts(model) if v.engine == engine)
 
 
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+KV_CACHE = {"config_groups": {}, "kv_cache_scheme": FP8_CACHE}
 LOADS = [
     ("vLLM", stored("gptq", "w4a16"), True, ""),
     ("vLLM", stored("gptq", "w8a16-channel"), True, ""),
@@ -63,6 +65,11 @@ LOADS = [
     ("TGI", stored("compressed-tensors", config={"format": "nvfp4-pack-quantized"}, unread="not read"), False, "FP8"),
     ("TGI", stored("compressed-tensors", config={"format": "float-quantized"}, unread="not read"), True, ""),
     ("SGLang", stored("hqq", unread="not read"), None, "not known"),
+    ("vLLM", stored("compressed-tensors", "fp8-static", config=KV_CACHE), True, ""),
+    ("vLLM", stored("compressed-tensors", "w4a16", config={"kv_cache_scheme": FP8_CACHE | {"type": "int"}}), False, "takes symmetric 8-bit floats"),
+    ("vLLM", stored("compressed-tensors", "nvfp4", config={"kv_cache_scheme": FP8_CACHE | {"symmetric": False}}), False, "FP8.*asymmetric"),
+    ("vLLM", stored("compressed-tensors", config=KV_CACHE), None, "not known"),
+    ("transformers", stored("compressed-tensors", config=KV_CACHE), True, "needs compressed-tensors"),
 ]
 
 
@@ -99,3 +106,12 @@ def test_every_container_has_a_verdict_from_every_engine_and_no_refusal_without_
         found = verdicts(stored(container, unread="not read"))
         assert [v.engine for v in found] == [engine.name for engine in ENGINES]
         assert all(v.reason for v in found if not v.loads)
+
+
+def test_what_becomes_of_a_kv_caches_scales_is_a_note_where_they_do_nothing_by_themselves() -> None:
+    model = stored("compressed-tensors", "w4a16", config=KV_CACHE)
+
+    notes = {v.engine: " ".join(v.notes) for v in verdicts(model)}
+
+    assert "--kv-cache-dtype fp8_e4m3" in notes["SGLang"] and "model's own type" in notes["transformers"]
+    assert not any("KV cache" in " ".join(v.notes) for v in verdicts(stored("compressed-tensors", "w4a16")))

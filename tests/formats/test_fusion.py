@@ -12,6 +12,7 @@ from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verify import verify
 from quantkit.core.scheme import Scheme
 from quantkit.core.scheme_names import parse_scheme
+from quantkit.formats.fusion import with_one_input_scale, with_one_range
 from quantkit.formats.registry import FORMATS
 from tests.conversion.conftest import save_tiny
 
@@ -72,3 +73,14 @@ def test_a_conversion_with_joint_names_reads_back_and_verifies(tmp_path: Path) -
 
     result = verify(tmp_path / "out", against=str(source))
     assert result.ok, result.checks
+
+
+def test_what_shares_a_range_or_an_input_scale_is_told_by_the_names() -> None:
+    expert = "model.layers.0.mlp.experts.{}.{}"
+    experts = [expert.format(number, leaf) for number in range(2) for leaf in ("gate_proj", "up_proj", "down_proj")]
+
+    ranges, inputs = with_one_range([*NAMES, *experts]), with_one_input_scale([*NAMES, *experts])
+
+    dense = [NAMES[:3], NAMES[3:4], NAMES[4:6], NAMES[6:]]
+    assert ranges == [*dense, experts[:2], experts[2:3], experts[3:5], experts[5:]]
+    assert inputs == [*dense, [*experts[:2], *experts[3:5]], [experts[2], experts[5]]]

@@ -18,14 +18,18 @@ from transformers import AttentionInterface
 
 import quantkit
 from quantkit.cli import main
+from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.errors import CheckpointError, FormatError
+from quantkit.formats.streamed import open_streamed
+from quantkit.models.compare import TokenRows, compare
 from quantkit.runtime.llm import LLM
 from tests.conversion.conftest import edit_config, edit_tensors, save_tiny
 from tests.runtime.conftest import dequantized_model
 from tests.runtime.test_engine import engine, greedy
+from tests.runtime.test_w8a8 import closed
 
 LAYERS, HEADS = 6, 2
 SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
@@ -222,3 +226,43 @@ def test_the_command_names_the_scheme(checkpoint: Callable[..., Path], capsys: p
         main(["inspect", str(checkpoint(PER_HEAD, scales_of(per_head=True)))])
 
     assert "KV cache: FP8 (e4m3), one scale a head; 12 stored" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["one a tensor", "one a head"])
+def test_divergence_is_measured_with_keys_and_values_as_the_cache_holds_them(
+    per_head: bool, plain: Path, checkpoint: Callable[..., Path], prompts: list[list[int]]
+) -> None:
+    scales = scales_of(per_head=per_head)
+    folder = checkpoint(PER_HEAD if per_head else SCHEME, scales)
+    ids = torch.tensor([prompt[:40] for prompt in prompts if len(prompt) >= 40][:6])
+    model = dequantized_model(plain)
+    with torch.no_grad():
+        exact = model(ids).logits[:, :-1].double().log_softmax(-1)
+        with rounded_attention(scales) as name:
+            model.set_attn_implementation(name)
+            rounded = model(ids).logits[:, :-1].double().log_softmax(-1)
+
+    result = compare(open_streamed(plain, "plain"), open_streamed(folder, "with an FP8 cache"), TokenRows.of_texts(ids))
+
+    assert result.kl_mean == pytest.approx((exact.exp() * (exact - rounded)).sum(-1).mean().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8-head"])
+def test_scales_that_a_conversion_calibrated_are_used_and_lose_little(kind: str, reference: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    few = CalibrationOptions(num_samples=8, seq_len=128)
+    options = ConvertOptions(ignore=(".*",), kv_cache=kind, calibration=few, measure=False)
+    convert(str(reference), tmp_path / "out", options)
+    texts = prompts[12:28]
+
+    scaled, plain = (engine(folder).generate(texts, **SETTINGS | {"prompt_logprobs": 64}) for folder in (tmp_path / "out", reference))
+
+    kl = []
+    for ours, its in zip(scaled, plain, strict=True):
+        for entry, other in zip(ours.prompt_logprobs[1:], its.prompt_logprobs[1:], strict=True):
+            known, there = dict(entry.top), dict(other.top)
+            both = [token for token in there if token in known]
+            kl.append(closed(*(torch.tensor([top[token] for token in both], dtype=torch.float64) for top in (there, known))))
+    (layer, *_) = engine(tmp_path / "out").engine.cache.layers
+    assert layer.k.dtype == torch.float8_e4m3fn and layer.fixed_scales is not None
+    assert (len(set(layer.fixed_scales[0].tolist())) == 1) == (kind == "fp8")
+    assert 1e-5 < sum(kl) / len(kl) < 3e-3, sum(kl) / len(kl)
