@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.cli import main
 from quantkit.conversion.convert import Silent, convert
+from quantkit.conversion.kv_cache import KVPeaks
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.recipe import Recipe
 from quantkit.conversion.verify import VerifyOptions, verify
@@ -97,29 +98,28 @@ def test_what_the_quantized_layers_put_into_the_cache_is_what_counts(tiny: Path,
             assert found.item() != pytest.approx(original.max().item() / 448, rel=1e-2)
 
 
-def give_padding_large_keys_and_values(tensors: dict[str, Tensor]) -> None:
-    """Token 2 alone has a channel that the first layer's keys and values make much of."""
-    tensors["model.embed_tokens.weight"][:, 0] = 0
-    tensors["model.embed_tokens.weight"][2, 0] = 10
-    for name in ("k_proj", "v_proj"):
-        tensors[f"model.layers.0.self_attn.{name}.weight"][:, 0] *= 50
-
-
-def test_padding_is_not_counted(tiny: Path, tmp_path: Path, options: Options) -> None:
+def test_padding_is_not_counted(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     ids = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(3))
-    valid = torch.ones_like(ids)
-    valid[:, 20:] = 0
-    padded = ids.masked_fill(valid == 0, 2)
-    edit_tensors(tiny, give_padding_large_keys_and_values)
-    save_file({"input_ids": padded, "attention_mask": valid}, tmp_path / "rows.safetensors")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[2, 0] = 10  # of token 2 alone, and the first layer's keys and values make much of it
+        for projection in (model.model.layers[0].self_attn.k_proj, model.model.layers[0].self_attn.v_proj):
+            projection.weight[:, 0] *= 50
+    whole, padded = KVPeaks(), KVPeaks()
+    valid = torch.ones(4, 32, dtype=torch.bool)
+    valid[:, 20:] = False
 
-    data = {"source": str(tmp_path / "rows.safetensors"), "num_samples": 4, "measure": False}
+    with torch.no_grad():
+        with whole.watching(model, valid[:, :20]):
+            model(ids[:, :20], use_cache=False)
+        with padded.watching(model, valid):
+            model(ids.masked_fill(~valid, 2), use_cache=False)
 
-    convert(str(tiny), tmp_path / "out", options(kv_cache="fp8", **LEFT_ALONE, **data))
-
-    for layer, peaks in enumerate(in_transformers_cache(tiny, ids[:, :20])):
-        for found, peak in zip(stored(tmp_path / "out", layer), peaks, strict=True):
-            assert found.item() == pytest.approx(peak.max().item() / 448, rel=1e-3)
+    assert whole.peaks.keys() == padded.peaks.keys() == {0, 1}
+    for layer in range(2):
+        for alone, found in zip(whole.peaks[layer], padded.peaks[layer], strict=True):
+            torch.testing.assert_close(found, alone)
 
 
 def test_a_head_that_keeps_nothing_takes_its_layers_scale(tiny: Path, tmp_path: Path, options: Options) -> None:
