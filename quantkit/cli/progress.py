@@ -57,8 +57,8 @@ class ConvertProgress:
         self._bar.update(self._task, description=description, detail=f"{result.name}  error {result.error:.2e}")
 
     def block(self, index: int, results: list[LayerResult], *, resumed: bool) -> None:
-        mean = sum(r.error for r in results) / max(1, len(results))
-        detail = f"block {index}  mean error {mean:.2e}{'  (done before)' if resumed else ''}"
+        mean = f"  mean error {sum(r.error for r in results) / len(results):.2e}" if results else ""
+        detail = f"block {index}{mean}{'  (done before)' if resumed else ''}"
         self._bar.update(self._task, completed=index + 1, detail=detail)
         if not self._bar.console.is_terminal:
             console.print(detail)

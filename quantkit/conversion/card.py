@@ -39,7 +39,7 @@ def model_card(report: ConversionReport, base_model: str, front_matter: dict[str
         rows.append(("KL divergence from the original", f"{figure(d['kl_mean'], 5)} ± {figure(d['kl_se'], 5)} nats over {d['num_tokens']} tokens"))
         rows.append(("same most likely token", f"{100 * d['top1']:.2f}%"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    account = "Every layer's figures are in quantkit_report.json, the recipe in recipe.yaml."
+    account = "Every layer's figures are in quantkit_report.json" + (", the recipe in recipe.yaml." if report.recipe else ".")
     known = {"base_model": base_model} if "/" in base_model else {}
     front = yaml.safe_dump(front_matter | known | {"library_name": "transformers", "tags": ["quantkit", report.format]}, sort_keys=False)
     return f"---\n{front}---\n# {base_model} by quantkit\n\n| | |\n|---|---|\n{table}\n\n{account}\n"

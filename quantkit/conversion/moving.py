@@ -102,7 +102,7 @@ def _into(container: str, source: OpenedCheckpoint, architecture: Architecture, 
     for name, linear in linears.items():
         why = _misplaced(fmt, linear, inside) or obstacle(source, name, fmt, linear.shape)
         if why is not None:
-            obstacles[name] = why
+            obstacles[name] = why.partition("; use ")[0]  # what holds it is looked for below, and told
         elif (scheme := scheme_in(fmt, source.schemes[name], linear.shape)) is not None:
             schemes[name] = scheme
     if not fmt.holds_mixed and len(set(schemes.values())) > 1:
@@ -150,8 +150,8 @@ def _refusal(name: str, move: _Move, source: OpenedCheckpoint, architecture: Arc
     told = "; ".join(f"{layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''}: {why}" for why, layers in list(reasons.items())[:3])
     more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
     holding = [each for each in CONTAINERS if not _into(each, source, architecture, linears).obstacles]
-    elsewhere = f"{' and '.join(holding)} {'holds' if len(holding) == 1 else 'hold'} every layer as it is" if holding else "no container holds all"
+    elsewhere = f"Every layer goes as it is into {' or '.join(holding)}" if holding else "No container holds every layer as it is"
     again = {scheme.name for layer in move.obstacles if (scheme := nearest_scheme(move.fmt, source.schemes[layer], linears[layer].shape))}
     requantize = f"--requantize quantizes them again, to {' and '.join(sorted(again))}" if again else "bf16 takes them as ordinary weights"
     of = f"{len(move.obstacles)} of {len(linears)} layers of {name}"
-    return f"{move.fmt.name} cannot hold {of} without loss: {told}{more}. {elsewhere[0].upper()}{elsewhere[1:]}; {requantize}"
+    return f"{move.fmt.name} cannot hold {of} without loss: {told}{more}. {elsewhere}; {requantize}"

@@ -172,7 +172,8 @@ def lay_out(
         if module in layers and name.endswith(".weight"):
             _plan_layer(plan, layers[module], model_dtype)
         else:
-            info = source.reader.info(name) if name in source.reader else None
+            is_decoded = module in source.schemes and name.endswith(".weight")
+            info = None if is_decoded else source.reader.info(name)
             kept = info.dtype if info is not None else model_dtype
             shape = tuple(info.shape) if info is not None else stored_shape(source, module)
             if info is None and module in conv1d:
@@ -205,7 +206,7 @@ def unbuilt_matrices(source: OpenedCheckpoint, architecture: Architecture) -> di
 
 
 def _is_matrix(source: OpenedCheckpoint, name: str) -> bool:
-    if name not in source.reader:
+    if name.removesuffix(".weight") in source.schemes:
         return True
     info = source.reader.info(name)
     return info.dtype.is_floating_point and sum(size > 1 for size in info.shape) > 1

@@ -18,7 +18,7 @@ from quantkit.conversion.moving import plan_moves, plan_plain
 from quantkit.conversion.options import DEFAULT_RECIPE, ConvertOptions
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
-from quantkit.conversion.targets import require_loadable
+from quantkit.conversion.targets import require_candidates, require_loadable
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import PLAIN
@@ -81,9 +81,11 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     if recipe.allocate is not None:
         prepared = _with_problem(prepared)
     plan = prepared.plan
+    if prepared.allocation is not None:
+        require_candidates(prepared.allocation.problem, plan, options, opened.dtype)
+    _targeted(prepared)
     if prepared.needs_measurement:
         return prepared
-    _targeted(prepared)
     if options.calibration.source is not None and not plan.needs_calibration:
         plan.notes.append(f"recipe {recipe.name} needs no calibration, so {options.calibration.source} is not read")
     return prepared
@@ -191,12 +193,12 @@ def _require_experts(architecture: Architecture, origin: Source) -> None:
 
 def _require_tensors(architecture: Architecture, opened: OpenedCheckpoint, origin: Source) -> None:
     """Every parameter of the model is in the checkpoint, in the shape its config says; a tied head need not be."""
-    absent = []
+    absent, dense = [], set(opened.dense_names)
     for path, parameter in architecture.model.named_parameters():
         name = architecture.stored.find(path)
         if name is None:
             absent += [] if architecture.stored.sources(architecture.stored.owner(path)) else [path]
-        elif name in opened.reader and (stored := opened.reader.info(name).shape) != tuple(parameter.shape):
+        elif name in dense and (stored := opened.reader.info(name).shape) != tuple(parameter.shape):
             wanted = list(parameter.shape)
             raise SourceError(f"{origin.name}: {name} is {list(stored)} where config.json asks for {wanted}; the two belong to different models")
     if absent:

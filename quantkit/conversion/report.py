@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+AS_IT_WAS, DECODED = "as it was", "decoded"
+"""What stands in place of a rounding where a quantized layer changes its container, or becomes an ordinary weight."""
+
 
 @dataclass(slots=True)
 class LayerResult:
@@ -81,7 +84,8 @@ class ConversionReport:
             return words
         worst = max(lossy, key=lambda layer: layer.error)
         largest = max(layer.max_error or 0.0 for layer in lossy)
-        return f"{words}; weights of the others change by up to {largest:.3g}, ||W - Q||² / ||W||² by up to {worst.error:.2g} ({worst.name})"
+        verb = "rounded to bfloat16" if worst.rounding == DECODED else "quantized again"
+        return f"{words}, {len(lossy)} {verb}: off by up to {largest:.3g}, ||W - Q||² / ||W||² up to {worst.error:.2g} ({worst.name})"
 
     def to_dict(self) -> dict[str, Any]:
         worst = self.worst

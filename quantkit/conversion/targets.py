@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from quantkit.conversion.allocation import Problem
 from quantkit.conversion.layer_plan import holds
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.plan import Plan
@@ -42,6 +43,27 @@ def require_loadable(plan: Plan, options: ConvertOptions, model_dtype: torch.dty
             raise FormatError(_refusal(engine, found, plan, model_dtype))
         if found.loads is None:
             plan.notes.append(f"whether {engine.name} {engine.version} loads this is not known")
+        elif found.reason:
+            plan.notes.append(f"for {engine.name} {engine.version}: {found.reason}")
+
+
+def require_candidates(problem: Problem, plan: Plan, options: ConvertOptions, model_dtype: torch.dtype) -> None:
+    """Every scheme that an allocation may choose is one that the engines load; known before anything is measured.
+
+    Raises:
+        FormatError: it is not; the message names the candidate.
+    """
+    model_dtype = options.carried_dtype or model_dtype
+    for candidate in dict.fromkeys(name for unit in problem.units for name in unit.options):
+        options_of = [unit.options[candidate] for unit in problem.units if candidate in unit.options]
+        schemes = {name: layer.scheme for option in options_of for name, layer in option.layers.items()}
+        fmt = get_format(options.container, schemes.values(), model_dtype)
+        stored = _stored(fmt, schemes, plan, model_dtype, fmt.config(schemes, plan.ignored))
+        for engine in map(find_engine, options.target_engines):
+            found = verdict(engine, stored)
+            if found.loads is False:
+                way = "name candidates that it loads in the recipe (allocate: candidates), or another --format"
+                raise FormatError(f"{engine.name} {engine.version} would not load the candidate {candidate} in {fmt.name}: {found.reason}; {way}")
 
 
 def _refusal(engine: Engine, found: Verdict, plan: Plan, model_dtype: torch.dtype) -> str:
@@ -64,7 +86,7 @@ def _instead(engine: Engine, plan: Plan, model_dtype: torch.dtype) -> Iterator[s
             fitted = {layer: fit_group(parse_scheme(name), planned.linear.shape) for layer, planned in plan.layers.items()}
             schemes = {layer: scheme for layer, scheme in fitted.items() if scheme is not None}
             if len(schemes) == len(plan.layers) and _loads(engine, container, schemes, plan, model_dtype):
-                yield f"{name}, with --format {container}"
+                yield f"{name}, as by --format {container} --override '.={name}'"
 
 
 def _loads(engine: Engine, container: str, schemes: dict[str, Scheme], plan: Plan, model_dtype: torch.dtype) -> bool:

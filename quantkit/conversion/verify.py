@@ -22,7 +22,7 @@ from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageEr
 from quantkit.formats.kv_scales import in_words, is_kv_scale, kv_scale_names, kv_scale_problems, kv_scheme, why_not
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.stored_layers import wrong_parts
-from quantkit.formats.streamed import streamed, transposed_layers
+from quantkit.formats.streamed import FileOrder, streamed, transposed_layers
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.compare import Progress, StreamedModel, TokenRows, compare
 from quantkit.models.device import find_device
@@ -83,12 +83,12 @@ def verify(out: str | Path, *, against: str | None = None, options: VerifyOption
         return result
     if architecture is not None:
         _check_structure(opened, source, architecture, result)
-    folded = _folded(opened, architecture)
+    folded = _folded(opened, source, architecture)
     _check_values(opened, None if folded else source, architecture, result, progress)
     if source is not None and folded:
         result.add("layer errors", [], "not compared: recipe.yaml folds scales into weights and norms; the KL divergence tells")
     if source is not None:
-        _check_against(opened, source, folded, result)
+        _check_against(opened, source, architecture, folded, result)
     _check_tokenizer(folder, source, result, options)
     if source is not None and architecture is not None and options.num_tokens:
         _check_divergence(opened, source, architecture, result, options, device, progress)
@@ -152,15 +152,23 @@ def _check_values(
         if opened.schemes:
             result.add(name, findings.problems[name], words)
     result.layer_errors = findings.errors
+    if findings.moved:
+        lossy = [name for name, is_same in findings.moved.items() if not is_same]
+        words = f"{len(findings.moved) - len(lossy)} of {len(findings.moved)} layers that the original has quantized too hold its values bit for bit"
+        result.add("lossless", [], words + (f"; others: {some(lossy, 3)}" if lossy else ""))
     if source is not None and (findings.errors or findings.problems["errors"]):
         result.add("layer errors", findings.problems["errors"], _error_words(findings.errors) if findings.errors else "")
 
 
-def _folded(opened: OpenedCheckpoint, architecture: Architecture | None) -> set[str]:
-    """Tensors that the checkpoint's own recipe may have folded scales into: those of the blocks, where it has transforms."""
+def _folded(opened: OpenedCheckpoint, source: OpenedCheckpoint | None, architecture: Architecture | None) -> set[str]:
+    """Tensors that the checkpoint's own recipe may have folded scales into: those of the blocks, where it has transforms the original had not."""
+    path = opened.reader.folder / "recipe.yaml"
     try:
-        recipe = Recipe.load(str(opened.reader.folder / "recipe.yaml"))
+        recipe = Recipe.load(str(path))
     except QuantkitError:  # there is none, or it is of another tool
+        return set()
+    before = None if source is None or source.format is None else source.reader.folder / "recipe.yaml"
+    if before is not None and before.is_file() and before.read_bytes() == path.read_bytes():
         return set()
     if architecture is None or not any(rule.transforms for rule in recipe.rules):
         return set()
@@ -173,11 +181,14 @@ def _error_words(errors: dict[str, float]) -> str:
     return f"||W - Q||² / ||W||² is {sum(errors.values()) / len(errors):.3g} on average, {errors[worst]:.3g} at worst ({worst})"
 
 
-def _check_against(opened: OpenedCheckpoint, source: OpenedCheckpoint, folded: set[str], result: Verification) -> None:
+def _check_against(
+    opened: OpenedCheckpoint, source: OpenedCheckpoint, architecture: Architecture | None, folded: set[str], result: Verification
+) -> None:
     own = {name for name in source.names if is_kv_scale(name)}  # of another quantization's cache; the output's are calibrated anew, or there are none
     absent = [f"{name} of the original is missing" for name in source.names if name not in opened and name not in own]
-    result.add("original's tensors", absent, f"all {len(source.names) - len(own)} are there, as they were or quantized")
-    unlike, num_equal = unlike_tensors(opened, source, folded | own)
+    words = f"all {len(source.names) - len(own)} are there, as they were or {'quantized' if opened.format else 'decoded'}"
+    result.add("original's tensors", absent, words)
+    unlike, num_equal = unlike_tensors(opened, FileOrder(source, architecture) if architecture else source, folded | own)
     if unlike and all("norm" in problem.split()[0] for problem in unlike):
         unlike.insert(0, "only norms differ, as after AWQ or SmoothQuant, which fold scales into them; layer errors then say nothing, and KL does")
     words = f"{num_equal} equal the original's bit for bit" + (", the blocks' own are not compared" if folded else "")

@@ -10,10 +10,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from quantkit.core.difference import difference
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.quantize import rounding_noise
 from quantkit.errors import QuantkitError
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.models.streaming import Weights
 
 _POWER_LIMIT, _ROW_LIMIT = 1.0, 1.5
 """Relative squared errors that no rounding reaches, except at 2 bits: of a layer, of one row. Leaving a layer out would be 1."""
@@ -27,11 +29,13 @@ many tokens as inputs. A zero point off by one is 12."""
 
 @dataclass(slots=True)
 class LayerFindings:
-    """Problems by the name of the check, and every layer's squared error: over the weight's power, and over the noise of rounding to nearest."""
+    """Problems by the name of the check, and every layer's squared error: over the weight's power, and over the noise of rounding to nearest; of
+    layers that the original has quantized too, whether they are its own bit for bit."""
 
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     errors: dict[str, float] = field(default_factory=dict)
     over_noise: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, bool] = field(default_factory=dict)
 
 
 def examine_layers(
@@ -62,6 +66,8 @@ def examine_layers(
             weight = source.get(f"{module}.weight").float()
             turned = module in transposed and module not in source.schemes
             _measure(module, q, weight.T if turned else weight, findings)
+            if module in source.schemes and tuple(weight.shape) == q.shape:
+                findings.moved[module] = difference(q, weight).is_none
         if progress:
             progress(number + 1, len(opened.schemes))
     usual = median(findings.over_noise.values()) if findings.over_noise else 0.0
@@ -72,7 +78,7 @@ def examine_layers(
     return findings
 
 
-def unlike_tensors(opened: OpenedCheckpoint, source: OpenedCheckpoint, leave_out: Collection[str] = ()) -> tuple[list[str], int]:
+def unlike_tensors(opened: OpenedCheckpoint, source: Weights, leave_out: Collection[str] = ()) -> tuple[list[str], int]:
     """Tensors that are not the original's (after the cast to their type, if it changed), and how many are."""
     problems, num_equal = [], 0
     for name in opened.dense_names:

@@ -24,7 +24,7 @@ from quantkit.conversion.hidden_states import HiddenStates
 from quantkit.conversion.input_scales import input_scales, peaks_of
 from quantkit.conversion.kv_cache import KVPeaks
 from quantkit.conversion.plan import Plan
-from quantkit.conversion.report import LayerResult
+from quantkit.conversion.report import AS_IT_WAS, DECODED, LayerResult
 from quantkit.conversion.rounding import round_together, shared_ranges
 from quantkit.conversion.statistics import HessianCollector
 from quantkit.conversion.transforms import Transformed, transform_block
@@ -126,7 +126,7 @@ def _carry(place: Workplace, name: str) -> LayerResult | None:
         return None
     change = difference(before, place.writer.read(name))
     dtype = str(place.plan.planned[name].dtype).removeprefix("torch.")
-    result = LayerResult(module, dtype, "decoded", change.relative, lossless=change.is_none, max_error=change.largest)
+    result = LayerResult(module, dtype, DECODED, change.relative, lossless=change.is_none, max_error=change.largest)
     place.listener.layer(result)
     return result
 
@@ -223,7 +223,7 @@ def _move(place: Workplace, name: str) -> tuple[list[str], LayerResult]:
         loss = f"by up to {change.largest:.3g}, ||W - Q||² / ||W||² {change.relative:.2g}"
         way = "give a recipe and --requantize to quantize the decoded weights, or take bf16"
         raise FormatError(f"{name} would not be what it was in {place.plan.format.name}: its weights change {loss}; {way}")
-    return written, LayerResult(name, layer.scheme.name, "as it was", 0.0, lossless=True, max_error=0.0)
+    return written, LayerResult(name, layer.scheme.name, AS_IT_WAS, 0.0, lossless=True, max_error=0.0)
 
 
 class CalibratedWork:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,29 @@ def only_groups(*allowed: int) -> Rule:
         return f"its kernels take group sizes {_listed(allowed)}, not {_listed(wrong)}" if wrong else None
 
     return rule
+
+
+def only_schemes(pattern: str, in_words: str) -> Rule:
+    """Every layer's scheme has a name of this form."""
+
+    def rule(stored: Stored) -> str | None:
+        wrong = sorted({layer.scheme.name for layer in stored.layers if not re.fullmatch(pattern, layer.scheme.name)})
+        return f"reads {in_words}, and here are layers of {_listed(wrong)}" if wrong else None
+
+    return rule
+
+
+def one_layout(stored: Stored) -> str | None:
+    return "reads one layout a model, and here are several (mixed-precision)" if stored.config.get("format") == "mixed-precision" else None
+
+
+def rows_or_blocks(stored: Stored) -> str | None:
+    other = [layer.name for layer in stored.layers if layer.scheme.weight and not _has_rows_or_blocks(layer.scheme.weight.group)]
+    return f"reads unpacked weights with a scale a row or a block only; {_some(other)} others" if other else None
+
+
+def _has_rows_or_blocks(group: int | tuple[int, int] | None) -> bool:
+    return group == CHANNEL or isinstance(group, tuple)
 
 
 def grouped(stored: Stored) -> str | None:

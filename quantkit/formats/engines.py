@@ -81,11 +81,20 @@ ENGINES = (
             "gptq": (r.only_bits(4, 8), r.symmetric, r.no_act_order, r.only_groups(CHANNEL, 32, 64, 128), r.uniform_fusion),
             "ct-packed": (r.dense_packing, r.uniform_fusion, r.fp8_kv_cache),
             "ct-int8": (r.uniform_fusion, r.fp8_kv_cache),
+            "ct-a8": (
+                r.only_schemes(r"w8a8-int8|w4a8(-g\d+|-channel)?", "symmetric weights of 4 bits, or of 8 a row, under int8"),
+                r.uniform_fusion, r.fp8_kv_cache,
+            ),
+            "ct-afp8": (r.only_schemes("w4afp8", "symmetric 4-bit weights in groups of 128 under FP8"), r.uniform_fusion, r.fp8_kv_cache),
             **dict.fromkeys(("ct-fp8", "ct-fp4"), (r.fp8_kv_cache,)),
             **dict.fromkeys(("awq", "fp8", "modelopt", "mxfp4"), ()),
             **dict.fromkeys(("bitsandbytes", "gguf"), _PLUGIN),
         },
         notes=(r.scales_are_cast, r.marlin_pads),
+        how={
+            "ct-a8": "4-bit weights under int8 on Arm CPUs and Intel GPUs alone: it has no kernel for NVIDIA's",
+            "ct-afp8": "on Hopper GPUs alone",
+        },
     ),
     Engine(
         "SGLang",
@@ -95,6 +104,7 @@ ENGINES = (
             "gptq": (r.only_bits(2, 3, 4, 8), r.uniform_fusion),
             "ct-packed": (r.only_bits(4, 8), r.dense_packing, r.uniform_fusion),
             "ct-int8": (r.uniform_fusion,),
+            **dict.fromkeys(("ct-a8", "ct-afp8"), "has no scheme for weights of fewer bits under quantized activations outside experts"),
             **dict.fromkeys(("ct-fp8", "ct-fp4", "awq", "fp8", "bitsandbytes", "gguf", "modelopt"), ()),
         },
         notes=(r.scales_are_cast, r.marlin_only, r.kv_cache_by_option),
@@ -106,7 +116,8 @@ ENGINES = (
             "plain": (),
             "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.damping_in_range, r.one_scheme),
             "ct-packed": (r.dense_packing, r.asymmetric_packed),
-            **dict.fromkeys(("ct-int8", "ct-fp8", "ct-fp4", "ct-kv-cache", "awq", "fp8", "bitsandbytes", "gguf"), ()),
+            "ct-afp8": (r.dense_packing, r.asymmetric_packed),
+            **dict.fromkeys(("ct-int8", "ct-a8", "ct-fp8", "ct-fp4", "ct-kv-cache", "awq", "fp8", "bitsandbytes", "gguf"), ()),
             "modelopt": "does not know this quant_method",
         },
         notes=(r.kv_cache_ignored,),
@@ -116,7 +127,7 @@ ENGINES = (
             "bitsandbytes": "needs bitsandbytes",
             "gguf": "with gguf_file=",
             "ct-packed": "needs compressed-tensors; weights are decoded on every forward",
-            **dict.fromkeys(("ct-int8", "ct-fp8", "ct-fp4"), "needs compressed-tensors; slow"),
+            **dict.fromkeys(("ct-int8", "ct-a8", "ct-afp8", "ct-fp8", "ct-fp4"), "needs compressed-tensors; slow"),
             "ct-kv-cache": "needs compressed-tensors",
         },
     ),
@@ -126,11 +137,13 @@ ENGINES = (
         {
             "plain": (),
             "gptq": (r.only_bits(2, 3, 4, 8),),
-            "ct-packed": (r.only_bits(4, 8),),
-            **dict.fromkeys(("ct-fp8", "awq", "fp8", "bitsandbytes"), ()),
-            **dict.fromkeys(("ct-int8", "ct-fp4"), "of compressed-tensors it reads packed integers and FP8"),
+            **dict.fromkeys(("ct-packed", "ct-afp8"), (r.one_layout, r.only_bits(4, 8))),
+            **dict.fromkeys(("ct-int8", "ct-fp8"), (r.one_layout,)),
+            **dict.fromkeys(("awq", "fp8", "bitsandbytes"), ()),
+            **dict.fromkeys(("ct-a8", "ct-fp4"), "of compressed-tensors it reads packed integers, W8A8 with a scale a row, and FP8"),
             "gguf": "only its llama.cpp backend reads it",
         },
+        how={"ct-afp8": "runs the weights alone; activations keep their 16 bits"},
     ),
     Engine(
         "llama.cpp",
@@ -138,15 +151,16 @@ ENGINES = (
         {
             "plain": (),
             "gptq": (r.only_bits(2, 4, 8), r.one_width),
-            "ct-packed": (r.one_config_group, r.grouped, r.whole_words),
-            **dict.fromkeys(("ct-int8", "ct-fp8"), (r.one_config_group,)),
-            **dict.fromkeys(("ct-fp4", "fp8", "modelopt", "gguf"), ()),
+            **dict.fromkeys(("ct-packed", "ct-afp8"), (r.one_config_group, r.grouped, r.whole_words)),
+            **dict.fromkeys(("ct-int8", "ct-a8", "ct-fp8"), (r.one_config_group, r.rows_or_blocks)),
+            "ct-fp4": (r.only_schemes("nvfp4", "of 4-bit floats NVFP4 alone"),),
+            **dict.fromkeys(("fp8", "modelopt", "gguf"), ()),
             "awq": "its converter reads no AWQ",
             "bitsandbytes": "its converter reads no bitsandbytes",
         },
         how={
             "plain": _CONVERTED,
-            **dict.fromkeys(("gptq", "ct-packed", "ct-int8", "ct-fp8", "fp8"), _DECODED),
+            **dict.fromkeys(("gptq", "ct-packed", "ct-int8", "ct-a8", "ct-afp8", "ct-fp8", "fp8"), _DECODED),
             "ct-fp4": f"{_CONVERTED}; NVFP4 is repacked",
         },
     ),
@@ -156,7 +170,7 @@ ENGINES = (
         {
             **dict.fromkeys(("plain", "awq"), ()),
             "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.only_groups(CHANNEL, 16, 32, 64, 128, 256, 512, 1024)),
-            **dict.fromkeys(("ct-packed", "ct-int8", "ct-fp8", "ct-fp4", "fp8"), _ONLY_DEQUANTIZES),
+            **dict.fromkeys(("ct-packed", "ct-int8", "ct-a8", "ct-afp8", "ct-fp8", "ct-fp4", "fp8"), _ONLY_DEQUANTIZES),
             **dict.fromkeys(("gguf", "bitsandbytes"), "reads GPTQ and AWQ only"),
         },
         how={"plain": "to quantize it"},
@@ -207,7 +221,9 @@ def _layout_of_layers(stored: Stored) -> str:
         return "ct-fp8"
     if all(activation is None for _, activation in specs):
         return "ct-packed"
-    return "ct-int8" if all(layer.scheme.name == "w8a8-int8" for layer in stored.layers if layer.scheme.activation) else "ct-low-bit-activations"
+    if all(layer.scheme.name == "w8a8-int8" for layer in stored.layers if layer.scheme.activation):
+        return "ct-int8"
+    return "ct-afp8" if all(activation is None or activation.kind == "e4m3" for _, activation in specs) else "ct-a8"
 
 
 def verdict(engine: Engine, stored: Stored) -> Verdict:
