@@ -21,6 +21,7 @@ from quantkit.conversion.report import ConversionReport, LayerResult
 from quantkit.conversion.rows import account, figures
 from quantkit.core.divergence import DivergenceResult
 from quantkit.formats.kv_scales import KV_CACHES, in_words
+from quantkit.formats.summary import summarize
 
 REPORT_FILE, RECIPE_FILE, CARD_FILE = "quantkit_report.json", "recipe.yaml", "README.md"
 _OWN_FILES = (CARD_FILE, REPORT_FILE, RECIPE_FILE, ALLOCATION_FILE, PICTURE_FILE)
@@ -60,7 +61,7 @@ def peak_memory() -> int:
 
 
 def write_side_files(prepared: Prepared, partial: Path, report: ConversionReport) -> None:
-    """Everything beside the weights; config.json, which makes the folder a model, comes last."""
+    """Everything beside the weights; behind config.json, which makes the folder a model, comes only the card, which says who loads it."""
     copy_side_files(prepared.origin.folder, partial, exclude=_OWN_FILES)
     config = {k: v for k, v in prepared.source.reader.config.items() if k not in ("quantization_config", "compression_config")}
     if (dtype := prepared.options.carried_dtype) is not None:
@@ -71,11 +72,12 @@ def write_side_files(prepared: Prepared, partial: Path, report: ConversionReport
         config["quantization_config"] = quantization
     if (recipe := _recipe_text(prepared)) is not None:
         _write_text(partial / RECIPE_FILE, recipe)
-    _write_text(partial / CARD_FILE, model_card(report, prepared.origin.name, kept_front_matter(prepared.origin.folder / CARD_FILE)))
     _write_text(partial / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
     if quantization is not None and quantization["quant_method"] == "gptq":
         _write_text(partial / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")
     _write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    kept = kept_front_matter(prepared.origin.folder / CARD_FILE)
+    _write_text(partial / CARD_FILE, model_card(report, prepared.origin.name, kept, summarize(partial).verdicts))
 
 
 def _recipe_text(prepared: Prepared) -> str | None:
