@@ -48,6 +48,8 @@ CASES = (
     Case("8 bits", "w4a16-rtn", INT8),
     Case("8 bits at load", "w4a16-rtn", INT8, at_load="int8"),
     Case("4 bits at load", "w4a16-rtn", at_load="w4"),
+    Case("FP8 at load", "fp8-dynamic", at_load="fp8"),
+    Case("NF4 at load", "nf4", at_load="nf4"),
 )
 
 

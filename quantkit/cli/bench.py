@@ -123,7 +123,7 @@ def tasks(source: str, name: str, num_fewshot: int, limit: int | None, batch_siz
 
 @bench.command()
 @click.argument("source", default="reference")
-@click.option("--quantization", help="Quantize an unquantized model while it loads: int8 or w4.")
+@click.option("--quantization", help="Quantize an unquantized model while it loads: int8, fp8, w4 or nf4.")
 @click.option("--tokens", "num_tokens", type=click.IntRange(1), default=4096, show_default=True, help="About how many tokens of text.")
 @click.option("--threads", type=click.IntRange(1, 1024), default=2, show_default=True)
 def modes(source: str, quantization: str | None, num_tokens: int, threads: int) -> None:

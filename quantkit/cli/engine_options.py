@@ -13,7 +13,7 @@ _MODES = ("fast", "exact", "int8")
 _MODE_HELP = "exact: float32, equal in any batch. int8: prompts faster, answers less exact; quantized models on CPUs."
 _KV_HELP = "auto (the checkpoint's own), float32, bfloat16, float16, int8, fp8."
 _CONTEXT_HELP = "Tokens of prompt and answer; the model's own by default."
-_QUANTIZATION_HELP = "Quantize an unquantized model while it loads: int8 or w4."
+_QUANTIZATION_HELP = "Quantize an unquantized model while it loads: int8, fp8, w4 or nf4."
 _OPTIONS = (
     click.option("--mode", type=click.Choice(_MODES), default="fast", show_default=True, help=_MODE_HELP),
     click.option("--quantization", help=_QUANTIZATION_HELP),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ _AT_ONCE = 1 << 18
 
 def quantize(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search: bool = True) -> QuantizedTensor:
     """A weight [N, K] of any float type on the grid that loses least, every error weighing the same, or on the one that spans its range."""
+    if spec.is_flat and spec.scale == "float" and weight.numel() % spec.group_size(weight.shape[1]) == 0:
+        blocks = weight.reshape(-1, spec.group_size(weight.shape[1]))  # each a row, as blocks do not care for the ends of rows
+        parts = (rounded(some.float(), spec, scale_dtype, search=search) for some in blocks.split(_rows_at_once(blocks.shape[1])))
+        q = _joined(parts, empty(spec, blocks.shape, scale_dtype, weight.device))
+        return replace(q, codes=q.codes.view(weight.shape))
     if spec.spans_rows or spec.shares_range:
         return rounded(weight.float(), spec, scale_dtype, search=search)
     parts = (rounded(rows.float(), spec, scale_dtype, search=search) for rows in weight.split(_rows_at_once(weight.shape[1])))

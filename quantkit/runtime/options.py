@@ -25,7 +25,8 @@ class EngineOptions:
             weights are held in one byte each, whatever their width, rounded again with one scale a row, and activations are rounded to 8 bits a
             token: 0.0008 nats a token of KL divergence on the reference model in 4 bits.
         lora: folders of LoRA adapters in PEFT's format by the names that requests choose them by.
-        quantization: quantize an unquantized model while it loads, from its weights alone: "int8" (one scale a row), "w4" (groups of 128 or less).
+        quantization: quantize an unquantized model while it loads, from its weights alone: "int8" (one scale a row), "fp8" (likewise, and inputs
+            to FP8 a token), "w4" (groups of 128 or less), "nf4" (blocks of 64).
         device: "auto" takes a GPU where there is one.
         kv_cache_dtype: auto (FP8 where the checkpoint carries a scheme for it, else the model's), float32, bfloat16, float16, int8, fp8.
         kv_cache_memory: bytes for the cache; None for what the sequences can use, at most a quarter of the free memory (nine tenths on a GPU).

@@ -10,7 +10,8 @@ from quantkit.core.scheme import CHANNEL, QuantSpec
 
 SPECS = {
     "4 bits": QuantSpec(4, 32), "4 bits with zero points": QuantSpec(4, 32, symmetric=False), "3 bits": QuantSpec(3, 64),
-    "2 bits a row": QuantSpec(2, CHANNEL), "8 bits a row": QuantSpec(8, CHANNEL),
+    "2 bits a row": QuantSpec(2, CHANNEL), "8 bits a row": QuantSpec(8, CHANNEL), "NF4": QuantSpec(4, 64, kind="nf4"),
+    "FP4, the last block filled up": QuantSpec(4, 4096, kind="fp4"),
 }  # fmt: skip
 
 

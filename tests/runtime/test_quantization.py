@@ -12,13 +12,19 @@ from click.testing import CliRunner
 from quantkit.cli.main import cli
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
+from quantkit.core.divergence import Divergence
 from quantkit.errors import UsageError
 from quantkit.models.device import find_device
 from quantkit.runtime.llm import LLM
 from quantkit.runtime.loader import load
 from tests.conversion.conftest import save_tiny
 
-RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {"w4": ("w4a16-mse", ()), "int8": ("w4a16-rtn", (".*=w8a16-channel",))}
+RECIPES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "w4": ("w4a16-mse", (), "compressed-tensors"), "int8": ("w4a16-rtn", (".*=w8a16-channel",), "compressed-tensors"),
+    "fp8": ("fp8-dynamic", (), "compressed-tensors"), "nf4": ("nf4", (), "bitsandbytes"),
+}  # fmt: skip
+MOST_LOST = {"w4": 0.05, "int8": 0.002, "fp8": 0.01, "nf4": 0.05}
+"""Nats a token of KL divergence on the reference model."""
 
 
 def tokens(source: Path, prompts: list[list[int]], **options: Any) -> list[list[int]]:
@@ -28,7 +34,8 @@ def tokens(source: Path, prompts: list[list[int]], **options: Any) -> list[list[
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_model_quantized_at_load_says_what_the_converted_one_says(name: str, reference: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    convert(str(reference), tmp_path / "out", ConvertOptions(recipe=RECIPES[name][0], overrides=RECIPES[name][1]))
+    recipe, overrides, container = RECIPES[name]
+    convert(str(reference), tmp_path / "out", ConvertOptions(recipe=recipe, overrides=overrides, format=container))
 
     assert tokens(reference, prompts[:8], quantization=name) == tokens(tmp_path / "out", prompts[:8])
 
@@ -61,12 +68,28 @@ def test_a_quantized_checkpoint_is_not_quantized_again(peers: Path) -> None:
         LLM(str(peers / "ct_w4a16_gptq"), quantization="w4")
 
 
-@pytest.mark.parametrize("name", ["fp8", "nf4"])
-def test_quantizations_that_do_not_exist_are_answered_with_those_that_do(name: str) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_quantizing_at_load_costs_little(name: str, reference: Path, prompts: list[list[int]]) -> None:
+    cpu, divergence = find_device("cpu"), Divergence()
+    models = [load(str(reference), mode="exact", device=cpu, quantization=each).model for each in (None, name)]
+    for model in models:
+        model.set_attn_implementation("eager")
+
+    for prompt in prompts[:16]:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            before, after = (model(input_ids=ids).logits[0, :-1] for model in models)
+        divergence.add(before, after, ids[0, 1:], torch.ones(len(prompt) - 1, dtype=torch.bool))
+
+    assert 0 < divergence.result().kl_mean < MOST_LOST[name]
+
+
+@pytest.mark.parametrize(("name", "others"), [("fp4", "did you mean 'nf4' or 'fp8'"), ("gguf", "known: fp8, int8, nf4, w4")])
+def test_quantizations_that_do_not_exist_are_answered_with_those_that_do(name: str, others: str) -> None:
     result = CliRunner().invoke(cli, ["generate", "reference", "--prompt", "x", "--quantization", name])
 
     assert isinstance(result.exception, UsageError)
-    assert f"unknown quantization {name!r}" in str(result.exception) and "int8, w4" in str(result.exception)
+    assert f"unknown quantization {name!r}" in str(result.exception) and others in str(result.exception)
 
 
 def test_int8_mode_says_nearly_what_the_weights_say(reference: Path, prompts: list[list[int]]) -> None:
