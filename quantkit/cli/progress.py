@@ -81,9 +81,9 @@ def show_plan(prepared: Prepared) -> None:
     _show_moves(results, prepared)
     show_allocation(results, prepared)
     _show_notes(results, {f"{name}: {layer.note}" for name, layer in plan.layers.items() if layer.note}, plan.left_alone)
-    results.print(
-        f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, bits per weight {bits_in_words(plan.linear_bpw, plan.file_bpw)}"
-    )
+    of_layers = f"{plan.linear_bpw:.3f} bits per weight in quantized layers, {plan.file_bpw:.3f}"
+    bits = of_layers if plan.layers else f"{plan.file_bpw:.3f} bits per weight"
+    results.print(f"size {_megabytes(plan.bytes_before)} -> {_megabytes(plan.bytes_after)}, {bits} over the file")
     if plan.kv_cache is not None:
         results.print(f"KV cache: {in_words(KV_CACHES[plan.kv_cache.name])}, for {len(plan.kv_cache.layers)} layers")
     data = prepared.options.calibration

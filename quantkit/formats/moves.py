@@ -17,6 +17,7 @@ from quantkit.formats.base import Format, KeptTypes
 from quantkit.formats.opened import OpenedCheckpoint
 
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
+_INPUT_SCALES = ("input_scale",)
 _ORDERS = ("g_idx", "weight_g_idx")
 
 
@@ -33,7 +34,7 @@ def scheme_in(fmt: Format, scheme: Scheme, shape: tuple[int, int]) -> Scheme | N
 
 def kept_types(opened: OpenedCheckpoint, module: str, fmt: Format) -> KeptTypes:
     """The types of scales that the container stores for a layer: the source's own where its loaders take them."""
-    scale, given = _info(opened, module, _SCALES), _info(opened, module, ("input_scale",))
+    scale, given = _dtype(opened, module, _SCALES), _dtype(opened, module, _INPUT_SCALES)
     kept = fmt.scale_dtype(opened.dtype) if scale is None else _nearest(scale, fmt)
     return kept, kept if given is None else _nearest(given, fmt)
 
@@ -45,18 +46,22 @@ def obstacle(opened: OpenedCheckpoint, module: str, fmt: Format, shape: tuple[in
         return fmt.why_not(scheme, shape)
     if fmt.name not in ("gptq", "gptq-v2") and has_order(opened, module):
         return f"its columns are in activation order (desc_act), which {fmt.name} has no place for"
-    for name, kept in zip(("weight", "input"), kept_types(opened, module, fmt), strict=True):
-        found = _read(opened, module, _SCALES if name == "weight" else ("input_scale",))
-        if found is not None and found.is_floating_point() and found.dtype.itemsize > 1 and (change := _change(found, kept)):
-            return f"{fmt.name} stores the scales of its {name} as {_short(kept)}, which changes {change}, stored as {_short(found.dtype)}"
+    for (what, parts), kept in zip((("weight", _SCALES), ("input", _INPUT_SCALES)), kept_types(opened, module, fmt), strict=True):
+        name = _name(opened, module, parts)
+        if name is None or not _may_change(opened.reader.info(name).dtype, kept):
+            continue
+        scales = opened.reader.get(name)
+        if change := _change(scales, kept):
+            return f"{fmt.name} stores the scales of its {what} as {_short(kept)}, which changes {change}, stored as {_short(scales.dtype)}"
     return None
 
 
 def has_order(opened: OpenedCheckpoint, module: str) -> bool:
     """Whether the groups of its columns are not runs of columns."""
-    order, spec = _read(opened, module, _ORDERS), opened.schemes[module].weight
-    if order is None or spec is None:
+    name, spec = _name(opened, module, _ORDERS), opened.schemes[module].weight
+    if name is None or spec is None:
         return False
+    order = opened.reader.get(name)
     plain = torch.arange(len(order), dtype=order.dtype) // spec.group_size(len(order))
     return not torch.equal(order, plain)
 
@@ -76,6 +81,11 @@ def _nearest(dtype: torch.dtype, fmt: Format) -> torch.dtype:
     return dtype if dtype in fmt.scale_dtypes else fmt.scale_dtypes[-1]
 
 
+def _may_change(dtype: torch.dtype, kept: torch.dtype) -> bool:
+    """8-bit scales and codes of scales have the type of their scheme, and go to no other."""
+    return dtype.is_floating_point and dtype.itemsize > 1 and torch.promote_types(dtype, kept) != kept
+
+
 def _change(values: Tensor, dtype: torch.dtype) -> str | None:
     """How many of these values another type cannot hold exactly, and how far off the worst is; None where it holds all."""
     before, after = values.float(), values.to(dtype).float()
@@ -86,14 +96,14 @@ def _change(values: Tensor, dtype: torch.dtype) -> str | None:
     return f"{int(changed.sum())} of {changed.numel()} by up to {100 * float(off):.2g}%"
 
 
-def _info(opened: OpenedCheckpoint, module: str, parts: tuple[str, ...]) -> torch.dtype | None:
-    name = next((name for part in parts if (name := f"{module}.{part}") in opened.reader), None)
+def _name(opened: OpenedCheckpoint, module: str, parts: tuple[str, ...]) -> str | None:
+    """The stored tensor of the module that has one of these names."""
+    return next((name for part in parts if (name := f"{module}.{part}") in opened.reader), None)
+
+
+def _dtype(opened: OpenedCheckpoint, module: str, parts: tuple[str, ...]) -> torch.dtype | None:
+    name = _name(opened, module, parts)
     return None if name is None else opened.reader.info(name).dtype
-
-
-def _read(opened: OpenedCheckpoint, module: str, parts: tuple[str, ...]) -> Tensor | None:
-    name = next((name for part in parts if (name := f"{module}.{part}") in opened.reader), None)
-    return None if name is None else opened.reader.get(name)
 
 
 def _short(dtype: torch.dtype) -> str:

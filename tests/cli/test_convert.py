@@ -15,6 +15,7 @@ from quantkit.cli import progress
 from quantkit.cli.main import main
 from quantkit.conversion.report import LayerResult
 from quantkit.conversion.verify import VerifyOptions, verify
+from quantkit.formats.engines import ENGINES
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import FORMATS
 from tests.conversion.conftest import edit_tensors, save_tiny
@@ -205,6 +206,44 @@ def test_overwrite_fresh_and_requantize_reach_it_too(tiny: Path, tmp_path: Path,
     convert(out, "-o", tmp_path / "again", *DATA_FREE, "--requantize")
 
 
+def test_a_quantized_model_changes_its_container_and_says_that_nothing_is_lost(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "four", *DATA_FREE)
+    capsys.readouterr()
+
+    convert(tmp_path / "four", "-o", tmp_path / "out", "-f", "gptq", "--dry-run")
+    plan = capsys.readouterr().out
+    convert(tmp_path / "four", "-o", tmp_path / "out", "-f", "gptq")
+    report = capsys.readouterr().out
+    convert(tmp_path / "out", "-o", tmp_path / "plain", "-f", "bf16")
+    decoded = capsys.readouterr().out
+
+    assert "14 of 14 layers of compressed-tensors go over as they are" in plan and "would load in" in plan
+    assert "14 of 14 layers lossless" in report and "KL" not in report
+    assert "0 of 14 layers lossless, 14 rounded to bfloat16" in decoded and "bits per weight in quantized" not in decoded
+
+
+def test_a_dry_run_tells_programs_which_engines_would_load_the_output(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", "-r", "w3a16-gptq", "--dry-run", "--json")
+
+    engines = {each["engine"]: each["loads"] for each in json.loads(capsys.readouterr().out)["engines"]}
+    assert engines["vLLM"] is True and engines["SGLang"] is False
+
+
+def test_what_a_target_engine_would_not_load_is_refused_in_one_message(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", "-r", "w3a16-gptq", "--target-engine", "sglang", code=1)
+
+    shown = capsys.readouterr()
+    assert shown.err.startswith("Error: SGLang 0.5.23 would not load compressed-tensors with 14 layers of") and shown.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_every_engine(capsys: Captured) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+
+    assert ", ".join(engine.name for engine in ENGINES) in " ".join(capsys.readouterr().out.split())
+
+
 def test_measuring_can_be_left_out(tiny: Path, tmp_path: Path, calibration: tuple[str, ...], capsys: Captured) -> None:
     convert(tiny, "-o", tmp_path / "out", "--json", "--no-measure", *calibration)
 
@@ -297,4 +336,4 @@ def test_help_names_every_container(capsys: Captured) -> None:
         main(["convert", "--help"])
 
     assert ended.value.code == 0
-    assert f"Container: {', '.join(FORMATS)}." in " ".join(capsys.readouterr().out.split())
+    assert f"Container: {', '.join(FORMATS)}, bf16 (ordinary weights)." in " ".join(capsys.readouterr().out.split())

@@ -164,7 +164,8 @@ def test_a_quantized_source_says_what_it_is_and_how_to_go_on(tiny: Path, tmp_pat
 
     message = refused(tmp_path / "four", SourceError)
 
-    assert "already quantized: compressed-tensors, 14 layers of w4a16" in message and "--requantize" in message
+    assert "already quantized: compressed-tensors, 14 layers of w4a16" in message
+    assert "--format compressed-tensors" in message and "--requantize" in message
 
 
 def test_a_quantized_source_of_an_unread_kind(tiny: Path, refused: Refused) -> None:
