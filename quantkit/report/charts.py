@@ -1,86 +1,91 @@
-"""The report's charts as SVG whose colors are the page's: it is one picture in the light and in the dark."""
+"""The report's charts: each of what there are results for, of all checkpoints in one picture."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from math import isfinite
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from quantkit.core.divergence import DivergenceResult
 from quantkit.report.check import recoveries
-from quantkit.report.schema import CheckpointResult, Report
+from quantkit.report.drawing import BASE, HEIGHT, SOFT, Chart, drawing, mark, plain_log
+from quantkit.report.layers import by_depth
+from quantkit.report.schema import Report
 
-MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("*", "★"))
-"""matplotlib's marker and the character that looks like it, one for each checkpoint in turn."""
-_NAMED = {"#010101": "var(--ink)", "#020202": "var(--soft)", "#030303": "var(--line)", "#040404": "var(--base)"}
-_INK, _SOFT, _LINE, _BASE = _NAMED
-_STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "quantkit", "text.parse_math": False, "font.family": "sans-serif", "font.size": 11, "text.color": _INK,
-    "axes.labelcolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT, "axes.edgecolor": _LINE, "grid.color": _LINE, "axes.grid": True,
-    "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "lines.markersize": 7,
-}  # fmt: skip
 _LEAST = 1e-7
 """Of a KL divergence on a logarithmic axis; float32 tells no less apart."""
-_WIDTH, _HEIGHT = 4.6, 3.2
 
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A picture and what it says, for those who cannot see it.
-
-    Attributes:
-        svg: an element without a document's head.
-    """
-
-    title: str
-    svg: str
-    alt: str
+_FEW_BLOCKS = 40
+"""Of which marks have room beside each other."""
 
 
 def charts(report: Report) -> list[Chart]:
     """Those that there are results for."""
-    with matplotlib.rc_context(_STYLE):
-        return [chart for make in (_pareto, _positions, _throughput, _first_tokens, _recoveries) if (chart := make(report)) is not None]
+    makers = (_pareto, _positions, _depths, _throughput, _first_tokens, _recoveries)
+    return [chart for make in makers if (chart := make(report)) is not None]
 
 
 def _pareto(report: Report) -> Chart | None:
-    points = [(number, each, max(each.text.result.kl_mean, _LEAST)) for number, each in enumerate(report.checkpoints) if each.text is not None]
+    points = [(number, each, _kl(each.text.result)) for number, each in enumerate(report.checkpoints) if each.text is not None]
     if not points:
         return None
-    front = _front([(each.file_bytes, kl) for _, each, kl in points])
-    with _axes() as (figure, axes):
-        axes.axvline(report.baseline.file_bytes / 1e6, color=_BASE, linestyle=":", linewidth=1.2)
+    front = _front([(each.file_bytes, kl) for _, each, (kl, _) in points])
+    with drawing() as drawn:
+        axes = drawn.axes
+        axes.axvline(report.baseline.file_bytes / 1e6, color=BASE, linestyle=":", linewidth=1.2)
         if len(front) > 1:
-            axes.step([x / 1e6 for x, _ in front], [y for _, y in front], where="post", color=_SOFT, linewidth=1, zorder=1)
-        for number, each, kl in points:
-            axes.plot(each.file_bytes / 1e6, kl, **_mark(number), linestyle="none")
-        axes.set(xlabel="weight files, MB (dotted: the original)", ylabel="KL divergence, nats a token", yscale="log")
+            axes.step([x / 1e6 for x, _ in front], [y for _, y in front], where="post", color=SOFT, linewidth=1, zorder=1)
+        for number, each, (kl, error) in points:
+            below = min(2 * error, 0.9 * kl)  # an error bar of a logarithmic axis ends above zero
+            bar = axes.errorbar(each.file_bytes / 1e6, kl, [[below], [2 * error]], **mark(number), linestyle="none", elinewidth=1, capsize=3)
+            drawn.tell(bar.lines[0], f"{each.name}: {each.file_bytes / 1e6:.1f} MB, {kl:.5f} ± {error:.5f} nats a token")
+        axes.set(xlabel="weight files, MB (dotted: the original)", ylabel="KL divergence, nats (± 2 errors)", yscale="log")
         axes.set_xlim(left=0)
-        _plain_log(axes)
-        said = "; ".join(f"{each.name} {each.file_bytes / 1e6:.1f} MB, {kl:.4f}" for _, each, kl in points)
-        return Chart("Size against KL divergence", _svg(figure), f"Size and KL divergence of each checkpoint: {said}")
+        plain_log(axes)
+        said = "; ".join(f"{each.name} {each.file_bytes / 1e6:.1f} MB, {kl:.4f} ± {error:.4f}" for _, each, (kl, error) in points)
+        return Chart("Size against KL divergence", drawn.svg(), f"Size and KL divergence of each checkpoint: {said}")
 
 
 def _positions(report: Report) -> Chart | None:
     kept = [(number, each) for number, each in enumerate(report.checkpoints) if each.text is not None and len(each.text.result.by_position) > 1]
     if not kept:
         return None
-    with _axes() as (figure, axes):
+    with drawing() as drawn:
+        axes = drawn.axes
         for number, each in kept:
             parts = each.text.result.by_position if each.text is not None else []
             axes.errorbar(
                 [(part.start + part.end) / 2 for part in parts], [part.kl_mean for part in parts], [2 * part.kl_se for part in parts],
-                **_mark(number), elinewidth=1, capsize=2,
+                **mark(number), elinewidth=1, capsize=2,
             )  # fmt: skip
         axes.set(xlabel="position in the text, tokens", ylabel="KL divergence (± 2 errors)", xscale="log", yscale="log")
-        _plain_log(axes)
-        return Chart("KL divergence by position", _svg(figure), "Mean KL divergence of each checkpoint by position in the text")
+        plain_log(axes)
+        return Chart("KL divergence by position", drawn.svg(), "Mean KL divergence of each checkpoint by position in the text")
+
+
+def _kl(result: DivergenceResult) -> tuple[float, float]:
+    """Mean and standard error as they are drawn; a single token has no error."""
+    return max(result.kl_mean, _LEAST), result.kl_se if isfinite(result.kl_se) else 0.0
+
+
+def _depths(report: Report) -> Chart | None:
+    kept = [(number, each, depth) for number, each in enumerate(report.checkpoints) if (depth := by_depth(each))]
+    if not kept:
+        return None
+    with drawing() as drawn:
+        for number, each, depth in kept:
+            color, sign = mark(number).values()
+            size = 5 if len(depth) <= _FEW_BLOCKS else 2.5
+            blocks, errors = [block for block, _ in depth], [max(error, _LEAST) for _, error in depth]
+            drawn.tell(*drawn.axes.plot(blocks, errors, color=color), each.name)
+            for block, error in zip(blocks, errors, strict=True):
+                drawn.tell(*drawn.axes.plot(block, error, color=color, marker=sign, markersize=size), f"{each.name}, block {block}: {error:.2e}")
+        drawn.axes.set(xlabel="block", ylabel="mean error of its layers", yscale="log")
+        drawn.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plain_log(drawn.axes, x=False)
+        ends = "; ".join(f"{each.name} from {depth[0][1]:.1e} in the first block to {depth[-1][1]:.1e} in the last" for _, each, depth in kept)
+        return Chart("Error by depth", drawn.svg(), f"Mean relative squared error of each block's layers: {ends}")
 
 
 def _recoveries(report: Report) -> Chart | None:
@@ -88,16 +93,17 @@ def _recoveries(report: Report) -> Chart | None:
     rows = sorted(((number, task, found) for number, task, found in rows if found is not None), key=lambda row: row[1])
     if not rows:
         return None
-    with _axes(height=max(_HEIGHT, 0.9 + 0.27 * len(rows))) as (figure, axes):
-        axes.axvline(100, color=_BASE, linestyle=":", linewidth=1.2)
+    with drawing(height=max(HEIGHT, 0.9 + 0.27 * len(rows))) as drawn:
+        axes = drawn.axes
+        axes.axvline(100, color=BASE, linestyle=":", linewidth=1.2)
         for place, (number, _, found) in enumerate(rows):
             low, middle, high = (100 * (value or 0.0) for value in (found.recovery_low, found.recovery, found.recovery_high))
-            axes.errorbar(middle, -place, xerr=[[middle - low], [high - middle]], **_mark(number), elinewidth=1.4, capsize=3)
+            axes.errorbar(middle, -place, xerr=[[middle - low], [high - middle]], **mark(number), elinewidth=1.4, capsize=3)
         firsts = {task: -place for place, (_, task, _) in reversed(list(enumerate(rows)))}
         axes.set_yticks(list(firsts.values()), [task.replace(" ", "\n", 1) for task in firsts])
         axes.set(xlabel="recovery, %")
         axes.grid(visible=False, axis="y")
-        return Chart("Recovery by task", _svg(figure), "Recovery of each checkpoint on each task with its interval; the table below has the numbers")
+        return Chart("Recovery by task", drawn.svg(), "Recovery of each checkpoint on each task with its interval; the table below has the numbers")
 
 
 def _throughput(report: Report) -> Chart | None:
@@ -112,23 +118,24 @@ def _of_load(report: Report, title: str, label: str, *, is_ratio: bool) -> Chart
     kept = [(number, each) for number, each in enumerate(report.checkpoints) if each.speed is not None]
     if not kept:
         return None
-    with _axes() as (figure, axes):
+    with drawing() as drawn:
+        axes = drawn.axes
         if is_ratio:
-            axes.axhline(1, color=_BASE, linestyle=":", linewidth=1.2)
+            axes.axhline(1, color=BASE, linestyle=":", linewidth=1.2)
         for number, each in kept:
             loads = each.speed.loads if each.speed is not None else []
             counts = [load.num_requests for load in loads]
             if is_ratio:
                 reach = [[load.ratio - load.ratio_low for load in loads], [load.ratio_high - load.ratio for load in loads]]
-                axes.errorbar(counts, [load.ratio for load in loads], reach, **_mark(number), elinewidth=1, capsize=3)
+                axes.errorbar(counts, [load.ratio for load in loads], reach, **mark(number), elinewidth=1, capsize=3)
             else:
-                axes.plot(counts, [load.first_token_ms for load in loads], **_mark(number))
+                axes.plot(counts, [load.first_token_ms for load in loads], **mark(number))
         axes.set(xlabel=f"requests at once{' (dotted: the original)' if is_ratio else ''}", ylabel=label, xscale="log", yscale="log")
         counts = sorted({load.num_requests for _, each in kept if each.speed is not None for load in each.speed.loads})
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _plain_log(axes, x=False)
-        return Chart(title, _svg(figure), f"{title} of each checkpoint; the table below has the numbers")
+        plain_log(axes, x=False)
+        return Chart(title, drawn.svg(), f"{title} of each checkpoint; the table below has the numbers")
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -138,42 +145,3 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or y < front[-1][1]:
             front.append((x, y))
     return front
-
-
-def _mark(number: int) -> dict[str, Any]:
-    """Of the checkpoint of this number; the color is named, and given by the page."""
-    return {"color": f"#0{number % len(MARKS)}0b0c", "marker": MARKS[number % len(MARKS)][0]}
-
-
-@contextmanager
-def _axes(height: float = _HEIGHT) -> Iterator[tuple[Figure, Any]]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    yield figure, figure.add_subplot()
-
-
-def _plain_log(axes: Any, *, x: bool = True) -> None:
-    """Numbers instead of powers on logarithmic axes."""
-    for axis, scale in ((axes.xaxis, axes.get_xscale() if x else ""), (axes.yaxis, axes.get_yscale())):
-        if scale == "log":
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
-
-
-def _svg(figure: Figure) -> str:
-    """Without head, background and fixed size, with the page's colors by name."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for size in ("width", "height"):
-        svg = re.sub(rf'(<svg [^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
-    for name, color in _NAMED.items():
-        svg = svg.replace(name, color)
-    return re.sub(r"#0(\d)0b0c", r"var(--c\1)", svg)
-
-
-def names_of(checkpoints: Sequence[CheckpointResult]) -> list[tuple[int, str, str]]:
-    """Color, character and name of each, for a legend."""
-    return [(number % len(MARKS), MARKS[number % len(MARKS)][1], each.name) for number, each in enumerate(checkpoints)]

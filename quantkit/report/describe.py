@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -71,8 +72,15 @@ def _conversion(folder: Path) -> Conversion | None:
     """What quantkit wrote beside the weights; None of other tools' checkpoints."""
     try:
         account = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        layers = [LayerError(name=layer["name"], scheme=layer["scheme"], error=layer["error"]) for layer in account["layers"]]
+        layers = [_layer(layer) for layer in account["layers"]]
         names = ("recipe", "seconds", "peak_memory_bytes", "calibration", "versions")
-        return Conversion(**{name: account[name] for name in names}, layers=layers)
-    except (OSError, ValueError, KeyError, TypeError):
+        experts = (account.get("experts") or {}).get("summary")
+        return Conversion(**{name: account[name] for name in names}, layers=layers, experts=experts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _layer(entry: dict[str, Any]) -> LayerError:
+    """Accounts of earlier versions say less."""
+    given = {name: entry[name] for name in ("name", "scheme", "error")}
+    return LayerError(**given, note=entry.get("note"), seen_tokens=entry.get("seen_tokens"))

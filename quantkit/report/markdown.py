@@ -23,8 +23,12 @@ def markdown(report: Report, findings: Sequence[Finding] | None = None) -> str:
     for title, each in (("Answers", words.answers(report)), ("Tails and greedy texts", words.tails(report)), ("Speed", words.speeds(report))):
         if each[1]:
             lines += [f"### {title}", "", *table(each), ""]
+    unknown = words.unknown_layers(report)
     if words.conversions(report)[1]:
         lines += ["<details><summary>Conversions</summary>", "", *table(words.conversions(report)), "", "</details>", ""]
+    if words.worst(report)[1] or unknown:
+        lines += ["<details><summary>Worst layers</summary>", "", *table(words.worst(report)), "", *([_cell(unknown), ""] if unknown else [])]
+        lines += ["</details>", ""]
     lines += ["<details><summary>Where the figures come from</summary>", ""]
     lines += [f"- {_cell(what)}: {html.escape(words.origin_text(made), quote=False)}" for what, made in words.origins(report)]
     return "\n".join([*lines, "", "</details>", ""])

@@ -25,6 +25,8 @@ class LayerError(Part):
     name: str
     scheme: str
     error: float = Field(description="relative squared error, of the layer's output where data was seen, else of its weight")
+    note: str | None = Field(default=None, description="where it is stored or rounded otherwise than the recipe asks")
+    seen_tokens: int | None = Field(default=None, description="calibration tokens behind its rounding; null where the weight alone was looked at")
 
 
 class Conversion(Part):
@@ -36,6 +38,7 @@ class Conversion(Part):
     calibration: str | None
     layers: list[LayerError]
     versions: dict[str, str]
+    experts: str | None = Field(default=None, description="how many calibration tokens reached the experts, in words")
 
 
 class Measured(Part):

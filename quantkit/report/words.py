@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quantkit.conversion.outcome import REPORT_FILE
 from quantkit.evaluation.results import Comparison
 from quantkit.report.check import Finding, recoveries
+from quantkit.report.layers import unaccounted, worst_layers
 from quantkit.report.schema import CheckpointResult, Provenance, Report
+
+WORST = 3
+"""Layers of each checkpoint that are named."""
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """Heads, and rows of cells; the first column names the row."""
@@ -83,10 +88,30 @@ def conversions(report: Report) -> Table:
         if made is not None and made.layers:
             worst = max(made.layers, key=lambda layer: layer.error)
             mean = sum(layer.error for layer in made.layers) / len(made.layers)
+            seen = "; ".join(text for text in (made.calibration or "none", made.experts) if text)
             bits = f"{each.bits_per_weight:.3f}" if each.bits_per_weight is not None else ""
             errors, cost = (f"{mean:.2e}", f"{worst.name}: {worst.error:.2e}"), (f"{made.seconds:.0f} s", size(made.peak_memory_bytes))
-            rows.append((each.name, made.recipe, bits, *errors, *cost, made.calibration or "none"))
+            rows.append((each.name, made.recipe, bits, *errors, *cost, seen))
     return heads, rows
+
+
+def worst(report: Report) -> Table:
+    """The layers of each checkpoint that lost most."""
+    heads = ("checkpoint", "layer", "scheme", "error", "calibration tokens", "")
+    rows = []
+    for each in report.checkpoints:
+        for layer in worst_layers(each, WORST):
+            seen = "" if layer.seen_tokens is None else f"{layer.seen_tokens:,}"
+            rows.append((each.name, layer.name, layer.scheme, f"{layer.error:.2e}", seen, layer.note or ""))
+    return heads, rows
+
+
+def unknown_layers(report: Report) -> str | None:
+    """Which checkpoints have no account of their layers, in one sentence."""
+    names = unaccounted(report)
+    if not names:
+        return None
+    return f"Nothing is known of the layers of {', '.join(names)}: no {REPORT_FILE} of quantkit's lies beside the weights."
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:

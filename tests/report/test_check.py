@@ -24,8 +24,8 @@ from quantkit.report.check import CheckFile, ExpectedCheckpoint, Finding, Kept, 
 from quantkit.report.junit import junit
 from quantkit.report.markdown import markdown
 from quantkit.report.measure import provenance
-from quantkit.report.page import heat_map, page
-from quantkit.report.schema import CheckpointResult, Conversion, LayerError, LoadPoint, Report, SpeedResult, TaskResult, TextResult
+from quantkit.report.page import page
+from quantkit.report.schema import CheckpointResult, LoadPoint, Report, SpeedResult, TaskResult, TextResult
 
 MADE = provenance("quantkit report")
 SETTINGS = Settings(mode="fast", device="cpu", context=None, quantization=None, kv_cache_dtype="auto", chat_template=False)
@@ -185,15 +185,6 @@ def test_tables_have_their_figures_in_their_columns() -> None:
     heads, ((*row,),) = words.speeds(report_of(speed=speed_result(2.0, 1.5, 2.5)))
     assert dict(zip(heads, row, strict=True))["the original beside it"] == "50.0"
     assert speed_result(1, 1, 1).limit == 1e9 / 10
-
-
-def test_of_experts_the_worst_stands_in_the_map() -> None:
-    layers = [LayerError(name=f"model.layers.0.mlp.experts.{n}.up_proj", scheme="w4a16", error=error) for n, error in enumerate((0.1, 0.4, 0.2))]
-    made = Conversion(recipe="r", seconds=1, peak_memory_bytes=1, calibration=None, layers=layers, versions={})
-
-    found = heat_map(report_of(conversion=made).checkpoints[0])
-
-    assert found is not None and found.columns == ["experts.up_proj"] and found.rows[0][1] == [(0.4, 0.0)]
 
 
 def test_at_no_true_difference_a_recovery_fails_as_seldom_as_it_says() -> None:

@@ -19,7 +19,7 @@ from quantkit.evaluation.evaluate import EvaluationOptions, evaluate
 from quantkit.paths import packaged
 from quantkit.report import build
 from quantkit.report.describe import bytes_per_token
-from quantkit.report.page import heat_map
+from quantkit.report.layers import Heat, layer_grid
 from quantkit.report.schema import Report
 from tests.cli.test_generate import run
 from tests.conversion.conftest import edit_tensors
@@ -83,8 +83,9 @@ def test_the_page_is_whole_and_loads_nothing(report: Path) -> None:
     watcher = Watcher()
     watcher.feed(html)
     assert not watcher.loaded and "http-equiv" not in html and "<script" not in html and "@import" not in html
-    assert html.count("<svg") == html.count("</svg>") == 5
-    for title in ("Size against KL divergence", "KL divergence by position", "Output under load", "Recovery by task", "Errors layer by layer"):
+    assert html.count("<svg") == html.count("</svg>") == 8
+    titles = ("Size against KL divergence", "KL divergence by position", "Output under load", "Recovery by task")
+    for title in (*titles, "Error by depth", "Errors layer by layer"):
         assert title in html
     assert not re.search(r"#0[0-9a-f]{5}\b", html.split("</style>")[1]), "a color that is not the page's"
     assert "w4a16-rtn" in html and "quantkit report" in html
@@ -303,9 +304,12 @@ def test_a_token_reads_every_weight_but_the_other_rows_of_an_embedding(test_data
 
 
 def test_layers_stand_in_a_map_by_block_and_kind(report: Path) -> None:
-    found = heat_map(Report.read(report / "report.json").checkpoints[0])
+    checkpoint = Report.read(report / "report.json").checkpoints[0]
+    found = layer_grid(checkpoint)
 
-    assert found is not None and found.columns == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert [block for block, _ in found.rows] == [str(number) for number in range(6)]
-    heats = [cell[1] for _, row in found.rows for cell in row if cell is not None]
+    assert found is not None and found.kinds == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert found.blocks == [str(number) for number in range(6)]
+    heats = [Heat.of([found])(layer.error) for layer in found.layers.values()]
     assert (min(heats), max(heats), len(heats)) == (0.0, 1.0, 42)
+    account = json.loads((Path(checkpoint.source) / "quantkit_report.json").read_text())["layers"]
+    assert [(each["name"], each["error"]) for each in account] == [(layer.name, layer.error) for layer in checkpoint.conversion.layers]
