@@ -126,6 +126,11 @@ def multiples(columns: int, rows: int) -> Rule:
     return rule
 
 
+def in_blocks(stored: Stored) -> str | None:
+    whole = [layer.name for layer in stored.layers if layer.scheme.weight and layer.scheme.weight.group is None]
+    return f"looks for a scale a block, finds none and invents them, so that it talks nonsense; {_some(whole)} one scale a tensor" if whole else None
+
+
 def no_act_order(stored: Stored) -> str | None:
     has_groups = any(layer.scheme.weight and layer.scheme.weight.group not in (None, CHANNEL) for layer in stored.layers)
     return "refuses desc_act (columns in activation order) with groups; use static order" if stored.config.get("desc_act") and has_groups else None

@@ -47,6 +47,8 @@ LOADS = [
     ("transformers", stored("compressed-tensors", "w4a16"), True, "needs compressed-tensors"),
     ("transformers", stored("compressed-tensors", "w4a16-asym"), False, r"dequantize=True"),
     ("transformers", stored("compressed-tensors", "w3a16", packs_whole_words=True), False, "packed as before"),
+    ("transformers", stored("fp8", "fp8-block"), True, ""),
+    ("transformers", stored("fp8", "fp8-tensor"), False, "one scale a tensor"),
     ("transformers", stored("gptq", "w4a16"), True, "gptqmodel"),
     ("transformers", stored("gptq", "w4a16-channel", shape=(64, 172)), False, "172 -> 64"),
     ("transformers", stored("gptq", "w4a16", config={"damp_percent": 0}), False, "damp_percent"),

@@ -99,6 +99,15 @@ def test_transformers_dequantizes_fp8_in_blocks(tmp_path: Path) -> None:
     require_equal(logits(theirs(folder, quantization_config=FineGrainedFP8Config(dequantize=True))), logits(ours(folder)))
 
 
+def test_transformers_misreads_fp8_with_a_scale_a_tensor_as_our_table_says(tmp_path: Path) -> None:
+    folder = written(tmp_path / "out", "fp8-tensor", "fp8")
+    expected = logits(ours(folder))
+
+    found = logits(theirs(folder, quantization_config=FineGrainedFP8Config(dequantize=True)))
+
+    assert (found - expected).abs().mean() > 0.5 * expected.std()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize("scheme", ["nf4", "nf4-dq", "nf4-b128", "fp4", "fp4-dq"])
 def test_transformers_runs_tables_through_bitsandbytes(scheme: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evals.peers.decode import decode_folder
 from quantkit.formats.opened import OpenedCheckpoint
 
 PROMPT = """                    GNU GENERAL PUBLIC LICENSE
@@ -28,6 +29,7 @@ NAMES = [
 ]  # fmt: skip
 LEAST_AGREEMENT = {"ct_nvfp4a16": 0.96, "awq_gemm_autoawq": 0.95}
 """Of 64 top tokens, where a peer's own arithmetic in 16 bits decides more of them; weights are compared beneath."""
+ALL = [*NAMES, "ct_w8a8_gptq", "ct_fp8_block", "ct_fp8_dynamic", "bnb_int8"]
 SAME_BYTES = [
     "gptq_b4_g128", "gptq_b3_g128", "gptq_b8_g128", "ct_w4a16_gptq", "ct_w4a16_asym_awq", "ct_w8a8_gptq", "ct_fp8_block", "ct_fp8_dynamic",
     "ct_nvfp4a16", "awq_gemm_autoawq", "bnb_nf4_dq", "bnb_int8", "hf_finegrained_fp8_handmade",
@@ -51,6 +53,25 @@ def test_decoded_weights_give_the_peers_logits(name: str, peers: Path) -> None:
     differs = logits.argmax(-1) != expected.argmax(-1)
     assert bool((best[..., 0] - best[..., 1])[differs].lt(0.1 * expected.std()).all())  # peers compute in bfloat16
     assert 1 - differs.float().mean() > LEAST_AGREEMENT.get(name, 0.97)
+
+
+def test_every_checkpoint_of_the_archive_is_compared(peers: Path) -> None:
+    quantized = {config.parent.name for config in peers.glob("*/config.json") if "quantization_config" in config.read_text(encoding="utf-8")}
+
+    assert quantized == set(ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weights_are_those_of_a_decoder_that_shares_no_code_with_ours(name: str, peers: Path) -> None:
+    opened, expected = OpenedCheckpoint(peers / name), decode_folder(peers / name).tensors
+    assert len(opened.schemes) == 28 and expected.keys() == set(opened.names)
+
+    for tensor, value in expected.items():
+        found = opened.get(tensor).float()
+        if name == "bnb_int8":  # SCB / 127 and SCB * (1 / 127) part in the last bit; bitsandbytes itself is compared below
+            torch.testing.assert_close(found, value, rtol=2**-22, atol=0)
+        else:
+            assert torch.equal(found, value), tensor
 
 
 @pytest.mark.parametrize("name", ["ct_w4a16_gptq", "ct_w4a16_asym_awq", "ct_w8a8_gptq", "ct_fp8_block", "ct_fp8_dynamic", "ct_nvfp4a16"])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.errors import RequestError, SourceError, UsageError
@@ -20,10 +19,6 @@ from quantkit.runtime.sampling_params import SamplingParams
 from tests.conversion.conftest import edit_config, edit_tensors, save_tiny
 from tests.runtime.conftest import greedy_by_transformers
 
-PEERS = [
-    "gptq_b4_g128", "gptq_b4_g64_desc", "gptq_b3_g128", "gptq_b8_g128", "ct_w4a16_gptq", "ct_w4a16_asym_awq", "ct_nvfp4a16", "awq_gemm_autoawq",
-    "bnb_nf4_dq",
-]  # fmt: skip
 IS_FULL = bool(os.environ.get("QUANTKIT_FULL"))
 NUM_PROMPTS, NUM_TOKENS = (64, 64) if IS_FULL else (12, 20)
 SMALL = {"kv_cache_memory": 8 << 20}
@@ -69,25 +64,6 @@ def test_every_family_says_what_transformers_says(family: str, tmp_path: Path) -
     some = [[(7 * i + 3 * row) % 90 + 3 for i in range(length)] for row, length in enumerate(lengths)]
 
     expect(folder, some, 12)
-
-
-SCHEMES = ["w4a16", "w4a16-asym", "w8a16", "w3a16", "w2a16"]
-
-
-@pytest.mark.parametrize("container", ["compressed-tensors", "gptq"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_of_our_containers_says_what_its_weights_say(
-    scheme: str, container: str, reference: Path, prompts: list[list[int]], tmp_path: Path
-) -> None:
-    convert(str(reference), tmp_path / "out", ConvertOptions(recipe="w4a16-rtn", format=container, overrides=(f".*={scheme}",)))
-
-    expect(tmp_path / "out", prompts[: NUM_PROMPTS if IS_FULL else 6], 12)
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_checkpoints_of_others_say_what_their_weights_say(name: str, peers: Path) -> None:
-    lengths = [4 + 7 * i % 60 for i in range(64)] if IS_FULL else [4, 13, 22, 31]
-    expect(peers / name, [[(11 * i + row) % 4000 + 5 for i in range(length)] for row, length in enumerate(lengths)], 10)
 
 
 @pytest.fixture(scope="module")
@@ -351,10 +327,3 @@ def test_a_model_without_a_tokenizer_takes_ids_and_says_so(tmp_path: Path) -> No
         llm.generate("text")
     with pytest.raises(RequestError, match="stop strings cannot be found"):
         llm.generate([5], SamplingParams(stop=("x",)))
-
-
-def test_calibrated_checkpoints_run_too(reference: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    calibration = CalibrationOptions(num_samples=4, seq_len=64)
-    convert(str(reference), tmp_path / "out", ConvertOptions(recipe="w4a16-gptq", calibration=calibration, measure=False))
-
-    expect(tmp_path / "out", prompts[:4], 8)
