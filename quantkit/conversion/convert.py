@@ -24,7 +24,6 @@ from quantkit.conversion.prepare import Prepared, check_output, plan_conversion,
 from quantkit.conversion.recipe import Rule
 from quantkit.conversion.report import ConversionReport, LayerResult
 from quantkit.conversion.rows import load_rows, split_rows
-from quantkit.conversion.tuning import tuning_of
 from quantkit.conversion.work import CalibratedWork, Listener, Workplace, carry, round_without_data
 from quantkit.core.divergence import DivergenceResult
 from quantkit.errors import Interrupted
@@ -161,8 +160,8 @@ def _running_dtype(prepared: Prepared) -> torch.dtype:
 
 
 def _spilled_bytes(prepared: Prepared, rows: CalibrationSet) -> int:
-    """What hidden states take on the disk: those that calibrate once, or twice where layers are tuned, those held out twice."""
+    """What hidden states take on the disk: those that calibrate once, or twice where the original model runs beside the quantized one, those held out twice."""
     calibration, held_out = split_rows(rows, prepared.options)
     width, dtype = prepared.architecture.config.get_text_config().hidden_size, _running_dtype(prepared)
-    kept = [*([calibration] * (2 if tuning_of(prepared.plan) else 1)), *([held_out] * 2 if held_out else [])]
+    kept = [*([calibration] * (2 if prepared.plan.needs_original else 1)), *([held_out] * 2 if held_out else [])]
     return sum(spilled_bytes(part.input_ids.numel(), width, dtype) for part in kept)

@@ -64,6 +64,11 @@ class Plan:
     calibrates_all_experts: bool = False
 
     @property
+    def needs_original(self) -> bool:
+        """Whether the original model's states go through the blocks too."""
+        return any(layer.rounding.needs_original for layer in self.layers.values())
+
+    @property
     def needs_calibration(self) -> bool:
         if self.kv_cache is not None or self.has_static_inputs:
             return True

@@ -29,8 +29,11 @@ class HessianCollector:
         self._owner: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._drifts: dict[str, tuple[Tensor, int]] = {}
         self._seen: list[tuple[ref[Tensor], str]] = []  # weakly, as an expert's own states need not outlive it
         self._valid: Tensor | None = None
+        self._num_tokens = 0
 
     @contextmanager
     def watching(self, valid: Tensor) -> Iterator[None]:
@@ -39,7 +42,7 @@ class HessianCollector:
         Args:
             valid: bool [B, T]; padding is not counted where tokens keep their places, and must not reach experts.
         """
-        self._valid = None if bool(valid.all()) else valid.flatten()
+        self._valid, self._num_tokens = None if bool(valid.all()) else valid.flatten(), valid.numel()
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._modules.items()]
         try:
             yield
@@ -47,6 +50,24 @@ class HessianCollector:
             for handle in handles:
                 handle.remove()
             self._seen.clear()
+            self._originals.clear()
+
+    @contextmanager
+    def watching_original(self) -> Iterator[None]:
+        """Keep what the original model gives each linear, in a forward pass over the tokens of the next `watching`, which then records the drift.
+
+        Only where an input holds every token: which of them reach an expert differs between the two models.
+        """
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, inputs: self._originals.update({name: inputs[0].detach()})
+
+        handles = [module.register_forward_pre_hook(keep(name)) for name, module in self._modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -59,16 +80,23 @@ class HessianCollector:
 
         return hook
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def _rows(self, x: Tensor) -> Tensor:
+        """Those of the input that are no padding, float32 [n, K]."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if self._valid is not None and rows.shape[0] == self._valid.shape[0]:
             rows = rows[self._valid.to(rows.device)]
-        rows = rows.float()
+        return rows.float()
+
+    def _add(self, name: str, x: Tensor) -> None:
+        rows = self._rows(x)
         if name not in self._sums:
             self._sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             self._counts[name] = 0
         self._sums[name].addmm_(rows.T, rows)
         self._counts[name] += rows.shape[0]
+        original = self._originals.get(name)
+        if original is not None and original.shape == x.shape and x.numel() == self._num_tokens * x.shape[-1]:
+            self._add_drift(name, self._rows(original) - rows, rows)
         if self._sizes is not None and len(rows):
             size, none = rows.abs(), torch.zeros(rows.shape[1], device=rows.device)
             total, largest = self._sizes.get(name, (none, none))
@@ -78,6 +106,10 @@ class HessianCollector:
         """The largest magnitude at the input of each linear that a token reached, where sizes are recorded."""
         largest = {owner: float(largest.max()) for owner, (_, largest) in (self._sizes or {}).items()}
         return {name: largest[owner] for name, owner in self._owner.items() if owner in largest}
+
+    def _add_drift(self, name: str, difference: Tensor, rows: Tensor) -> None:
+        total, count = self._drifts.get(name, (torch.zeros_like(self._sums[name]), 0))
+        self._drifts[name] = total.addmm_(difference.T, rows), count + rows.shape[0]
 
     def shared(self) -> Iterator[tuple[list[str], Statistics | None]]:
         """Groups of linears with one input and what was seen of it; None for linears that no token reached. Each is handed out once."""
@@ -92,7 +124,9 @@ class HessianCollector:
         if not count:
             return None
         hessian = self._sums.pop(owner).div_(count)
+        drift, of = self._drifts.pop(owner, (None, 0))
+        drift = drift.div_(count) if drift is not None and of == count else None
         if self._sizes is None:
-            return Statistics(hessian, count)
+            return Statistics(hessian, count, drift=drift)
         total, largest = self._sizes.pop(owner)
-        return Statistics(hessian, count, total / count, largest)
+        return Statistics(hessian, count, total / count, largest, drift)

@@ -41,6 +41,7 @@ from quantkit.methods.tuned import Tuned
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
 from quantkit.models.compare import TokenRows, logit_places
+from quantkit.models.experts import skipping_padding
 from quantkit.models.kv_states import handling_keys_and_values
 from quantkit.models.routing import Routing
 from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
@@ -241,7 +242,7 @@ class CalibratedWork:
         width = runner.architecture.config.get_text_config().hidden_size
         self.calibration = HiddenStates(rows, width, runner.dtype, folder, "calibration")
         self.tuned = tuning_of(place.plan)
-        self.original = [HiddenStates(rows, width, runner.dtype, folder, "calibration.original")] if self.tuned else []
+        self.original = [HiddenStates(rows, width, runner.dtype, folder, "calibration.original")] if place.plan.needs_original else []
         self.measured = [HiddenStates(held_out, width, runner.dtype, folder, name) for name in ("original", "quantized")] if held_out else []
         self.schemes = {name: layer.scheme for name, layer in place.plan.layers.items()}
 
@@ -251,9 +252,10 @@ class CalibratedWork:
         for index, block in enumerate(self.runner.architecture.blocks):
             done = self.place.finished(block.path)
             self.runner.load(block.path, self.place.source)
+            seen = self._watch(index, block) if done is None else None
             for states in self.original + self.measured[:1]:
                 states.advance(self.runner, index)
-            results = done if done is not None else self._quantize(index, block)
+            results = self._quantize(index, block, *seen) if seen is not None else done
             static_scales = self._use_quantized(block, done is not None)
             self._advance(index, block, static_scales)
             self.runner.unload(block.path)
@@ -272,20 +274,30 @@ class CalibratedWork:
         self.runner.settle(self.calibration.states, rows.input_ids, rows.position_ids)
         self.runner.unload_outside()
 
-    def _quantize(self, index: int, block: Block) -> list[LayerResult]:
-        wanted = self.place.layers_of(block)
-        modules = {n: m for n, m in decoder_linears(block, self.runner.architecture.model).items() if n in wanted}
-        moved = self.place.plan.moved.get(block.path)
-        collector = HessianCollector(modules, sizes=moved is not None or self.place.plan.has_static_inputs)
-        routing = Routing(block.module, shows_all=self.place.plan.calibrates_all_experts)
+    def _watch(self, index: int, block: Block) -> tuple[HessianCollector, Routing]:
+        """What the block's linears are given, with the block's own weights, and where tokens were routed."""
+        plan = self.place.plan
+        collector = HessianCollector(self._modules(block), sizes=block.path in plan.moved or plan.has_static_inputs)
+        routing = Routing(block.module, shows_all=plan.calibrates_all_experts)
         for batch in self.calibration.batches(self.runner, index):
             valid = self.calibration.rows.valid[batch]
+            if plan.needs_original:
+                with collector.watching_original(), skipping_padding(block.module, valid):
+                    self.original[0].through(self.runner, index, batch)
             with collector.watching(valid), routing.watching(valid):
                 self.calibration.through(self.runner, index, batch)
-        place = self.place
+        return collector, routing
+
+    def _modules(self, block: Block) -> dict[str, nn.Module]:
+        wanted = set(self.place.layers_of(block))
+        return {name: module for name, module in decoder_linears(block, self.runner.architecture.model).items() if name in wanted}
+
+    def _quantize(self, index: int, block: Block, collector: HessianCollector, routing: Routing) -> list[LayerResult]:
+        place, modules = self.place, self._modules(block)
+        moved = place.plan.moved.get(block.path)
         done = Transformed(place.source, collector.shared()) if moved is None else self._transform(index, block, collector)
         peaks = collector.peaks() if moved is None else peaks_of(done.groups)
-        scales, notes = input_scales([place.plan.layers[name] for name in wanted], peaks, place.plan.format.scale_dtype(place.model_dtype))
+        scales, notes = input_scales([place.plan.layers[name] for name in place.layers_of(block)], peaks, place.plan.format.scale_dtype(place.model_dtype))
         results, names, routed = [], [], routing.tokens(modules)
         for name, q, result in self._rounded(index, done, modules):
             result.transform, result.routed_tokens = done.words.get(name), routed.get(name)

@@ -22,23 +22,31 @@ class Statistics:
         num_tokens: how many tokens it is the mean of.
         mean_size: float32 [K], the mean of |x|, where a transform asks for it.
         largest: float32 [K], the largest |x|, likewise.
+        drift: float32 [K, K], the mean of (o - x) x^T, where o is what the original model has in the place of x, where a rounding asks for it.
     """
 
     hessian: Tensor
     num_tokens: int
     mean_size: Tensor | None = None
     largest: Tensor | None = None
+    drift: Tensor | None = None
 
     def divided(self, scale: Tensor) -> Statistics:
         """What would have been seen of inputs divided by a scale [K]."""
         sizes = (None if size is None else size / scale for size in (self.mean_size, self.largest))
-        return replace(self, **dict(zip(("mean_size", "largest"), sizes, strict=True)), hessian=self.hessian / scale / scale[:, None])
+        hessian, drift = (None if product is None else product / scale / scale[:, None] for product in (self.hessian, self.drift))
+        return replace(self, **dict(zip(("mean_size", "largest"), sizes, strict=True)), hessian=hessian, drift=drift)
 
 
 class Rounding(Protocol):
     """A weight and what is known of its input, to a quantized tensor."""
 
     needs_calibration: bool
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original model runs over the calibration rows too, beside the one quantized so far."""
+        ...
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         """Round float32 [N, K]; rows never influence each other, so weights with one input may be stacked."""

@@ -27,6 +27,7 @@ class ClippedToNearest:
     steps: int = 20
     smallest: float = 0.5
     needs_calibration = False
+    needs_original = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         if statistics is None or spec.spans_rows:

@@ -22,6 +22,7 @@ from quantkit.core.scheme import QuantSpec
 from quantkit.errors import CalibrationError, RecipeError, did_you_mean
 from quantkit.methods.base import Statistics
 from quantkit.methods.descent import descend
+from quantkit.methods.propagation import propagated
 
 Order = Literal["group", "static", "none"]
 
@@ -37,6 +38,8 @@ class GPTQ:
         search: search each group's scale instead of spanning its largest weight.
         descent: passes of coordinate descent over codes and scales afterwards; 0 for plain GPTQ.
         block: columns whose updates are gathered before they reach the rest of the matrix.
+        propagate: how much of what the layers before have lost is made up for, 0 for none (methods/propagation.py).
+        propagate_damp: share of the mean diagonal by which that is held back.
     """
 
     damp: float = 0.01
@@ -44,6 +47,8 @@ class GPTQ:
     search: bool = True
     descent: int = 4
     block: int = 128
+    propagate: float = 0.0
+    propagate_damp: float = 0.01
     needs_calibration = True
 
     def __post_init__(self) -> None:
@@ -58,6 +63,10 @@ class GPTQ:
         if type(self.block) is not int or self.block < 1:
             raise RecipeError(f"block is {self.block!r}; give a number of columns, such as 128")
 
+    @property
+    def needs_original(self) -> bool:
+        return self.propagate > 0
+
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         """Raises CalibrationError when the Hessian is not finite, or no damping makes it positive definite.
 
@@ -69,6 +78,8 @@ class GPTQ:
             raise CalibrationError(f"the squares of its inputs overflow on calibration data; {cause}")
         if spec.is_flat and weight.shape[1] % spec.group_size(weight.shape[1]):
             return rounded(weight, spec, scale_dtype, search=self.search, importance=statistics.hessian.diagonal())
+        if self.propagate and statistics.drift is not None:
+            weight = propagated(weight, statistics.hessian, statistics.drift, damp=self.propagate_damp, share=self.propagate)
         scales = ScaleType.of(spec, scale_dtype, weight)
         diagonal = _without_dead(statistics.hessian.diagonal())
         shared = self._shared_grid(weight, diagonal, spec, scales) if spec.spans_rows else None

@@ -44,6 +44,7 @@ class HalfQuadratic:
     beta: float = 10.0
     growth: float = 1.05
     needs_calibration = False
+    needs_original = False
 
     def __post_init__(self) -> None:
         if not _is_number(self.p) or not 0 < self.p <= 1:

@@ -18,6 +18,7 @@ class RoundToNearest:
     """Scales span the largest weight of each group; nothing is searched."""
 
     needs_calibration = False
+    needs_original = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         return rounded(weight, spec, scale_dtype, search=False)
@@ -28,6 +29,7 @@ class SearchedScales:
     """Scales of least squared error, each error weighted by the mean square of its input where calibration saw it."""
 
     needs_calibration = False
+    needs_original = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         importance = None if statistics is None else statistics.hessian.diagonal()

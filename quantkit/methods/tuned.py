@@ -51,6 +51,7 @@ class Tuned:
     ahead: float = 0.5
     seed: int = 0
     needs_calibration = True
+    needs_original = True
 
     def __post_init__(self) -> None:
         for name, example in (("steps", 100), ("tokens", 4096)):
