@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 
 from quantkit.checkpoint.weight_files import some
-from quantkit.conversion.report import ConversionReport, LayerResult, bits_in_words, figure
+from quantkit.conversion.report import AS_IT_WAS, ConversionReport, LayerResult, bits_in_words, figure
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.formats.engine_loading import how_to_load
 from quantkit.formats.engines import Verdict
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")
 _HUBS = {"modelscope:": "https://modelscope.cn/models/", "": "https://huggingface.co/"}
+_FALLEN = "Otherwise than the recipe says"
 _NAMED = 4
 """Layers of one kind that are named before the others are counted."""
 
@@ -58,9 +59,9 @@ def _front_matter(report: ConversionReport, base_model: str, kept: dict[str, Any
     """What the hub reads. A folder's name is no base model there, nor is that of another hub's."""
     known = {"base_model": base_model} if _hub(report, base_model) == _HUBS[""] else {}
     merged = {"pipeline_tag": "text-generation"} | kept | known
-    relation = {"base_model_relation": "quantized"} if "base_model" in merged and report.layers else {}
+    relation = {"base_model_relation": "quantized"} if "base_model" in merged and report.quantized else {}
     container = report.format.removesuffix("-v2")
-    return merged | relation | {"library_name": "transformers", "tags": ["quantkit", container, *_bits(report.layers)]}
+    return merged | relation | {"library_name": "transformers", "tags": ["quantkit", container, *_bits(report.quantized)]}
 
 
 def _bits(layers: Iterable[LayerResult]) -> list[str]:
@@ -77,7 +78,7 @@ def _hub(report: ConversionReport, base_model: str) -> str | None:
 
 
 def _origin(report: ConversionReport, base_model: str) -> str:
-    hub, form = _hub(report, base_model), "A quantized form" if report.layers else "The weights"
+    hub, form = _hub(report, base_model), "A quantized form" if report.quantized else "The weights"
     if hub is not None:
         return f"{form} of [{base_model}]({hub}{base_model}), whose card says what the model is, and under which terms it may be used."
     if "README.md" in report.left_behind:
@@ -86,8 +87,8 @@ def _origin(report: ConversionReport, base_model: str) -> str:
 
 
 def _rows(report: ConversionReport) -> list[tuple[str, str]]:
-    kinds = Counter((layer.scheme, layer.rounding) for layer in report.layers)
-    layers = ", ".join(f"{count} {scheme} by {rounding}" for (scheme, rounding), count in kinds.items())
+    kinds = Counter((layer.scheme, AS_IT_WAS if layer.rounding == AS_IT_WAS else f"by {layer.rounding}") for layer in report.quantized)
+    layers = ", ".join(f"{count} {scheme} {how}" for (scheme, how), count in kinds.items())
     data = report.calibration or ("none; weights alone were looked at" if report.recipe else None)
     found = [
         ("recipe", report.recipe),
@@ -99,7 +100,7 @@ def _rows(report: ConversionReport) -> list[tuple[str, str]]:
         ("calibration", data and data.removeprefix("calibration: ")),
         ("KV cache", report.kv_cache),
         ("experts", report.experts["summary"] if report.experts else None),
-        *_measured(report),
+        *(_measured(report) if report.recipe else ()),
     ]
     if report.worst is not None and not report.losslessness:
         found.append(("mean / worst layer error", f"{report.mean_error:.2e} / {report.worst.error:.2e} ({report.worst.name})"))
@@ -129,7 +130,7 @@ def _exceptions(report: ConversionReport) -> list[str]:
     """Layers that keep their type, and those that are stored or rounded otherwise than the recipe asks, each with the reason."""
     parts = []
     fallen = [(layer.name, layer.note) for layer in report.layers if layer.note]
-    for title, named in (("Left as they were", list(report.left_alone.items())), ("Otherwise than the recipe says", fallen)):
+    for title, named in (("Left as they were", list(report.left_alone.items())), (_FALLEN if report.recipe else "Not as they were", fallen)):
         by_reason: dict[str, list[str]] = {}
         for name, reason in named:
             by_reason.setdefault(reason, []).append(name)

@@ -81,7 +81,7 @@ class ConvertOptions:
 
     def _check_plain(self) -> None:
         if self.asks_to_quantize:
-            raise UsageError("bf16 writes ordinary weights, and a recipe (or an override, a group size, a budget, a KV cache) quantizes; leave one of them out")
+            raise UsageError("bf16 writes ordinary weights, and a recipe (an override, a budget, a KV cache) asks for others; leave one of them out")
         if self.dtype not in ("auto", "bfloat16"):
             raise UsageError(f"format bf16 writes bfloat16, and dtype is {self.dtype}; leave one of them out")
 
@@ -91,8 +91,9 @@ class ConvertOptions:
 
     @property
     def asks_to_quantize(self) -> bool:
-        """Whether anything given is about how weights are to be rounded, or a cache."""
-        given = (self.recipe, self.group_size, self.target_bpw, self.max_kl, self.allocation, kv_cache_name(self.kv_cache))
+        """Whether anything given is about how weights are to be rounded, or what is to be calibrated."""
+        cache = kv_cache_name(self.kv_cache)
+        given = (self.recipe, self.group_size, self.target_bpw, self.max_kl, self.allocation, cache, self.moe_calibrate_all_experts)
         return bool(self.overrides or self.ignore) or any(each is not None for each in given)
 
     @property

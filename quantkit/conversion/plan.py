@@ -77,7 +77,7 @@ class Plan:
     @property
     def has_static_inputs(self) -> bool:
         """Whether layers' inputs are quantized by scales that calibration finds."""
-        return any(is_static(layer.scheme) for layer in self.layers.values())
+        return any(layer.kept is None and is_static(layer.scheme) for layer in self.layers.values())
 
     @property
     def config(self) -> dict[str, Any] | None:

@@ -73,6 +73,11 @@ class ConversionReport:
         return max(self.layers, key=lambda layer: layer.error, default=None)
 
     @property
+    def quantized(self) -> list[LayerResult]:
+        """The layers that are quantized in the output."""
+        return [layer for layer in self.layers if layer.rounding != DECODED]
+
+    @property
     def losslessness(self) -> str | None:
         """How many layers of a quantized source are what they were, in words; None where the source was not quantized, or all of it is again."""
         judged = [layer for layer in self.layers if layer.lossless is not None]

@@ -286,7 +286,11 @@ def test_a_float32_model_becomes_bfloat16(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"recipe": "w4a16-rtn"}, "a recipe .* quantizes"), ({"dtype": "float16"}, "writes bfloat16, and dtype is float16")],
+    [
+        ({"recipe": "w4a16-rtn"}, "ordinary weights, and a recipe"),
+        ({"kv_cache": "fp8"}, "ordinary weights.* a KV cache"),
+        ({"dtype": "float16"}, "writes bfloat16, and dtype is float16"),
+    ],
 )
 def test_what_contradicts_ordinary_weights_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
