@@ -160,7 +160,7 @@ def _running_dtype(prepared: Prepared) -> torch.dtype:
 
 
 def _spilled_bytes(prepared: Prepared, rows: CalibrationSet) -> int:
-    """What hidden states take on the disk: those that calibrate once, or twice where the original model runs beside the quantized one, those held out twice."""
+    """What hidden states take on the disk: those that calibrate once, or twice where the original model runs too, those held out twice."""
     calibration, held_out = split_rows(rows, prepared.options)
     width, dtype = prepared.architecture.config.get_text_config().hidden_size, _running_dtype(prepared)
     kept = [*([calibration] * (2 if prepared.plan.needs_original else 1)), *([held_out] * 2 if held_out else [])]

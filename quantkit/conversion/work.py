@@ -297,7 +297,7 @@ class CalibratedWork:
         moved = place.plan.moved.get(block.path)
         done = Transformed(place.source, collector.shared()) if moved is None else self._transform(index, block, collector)
         peaks = collector.peaks() if moved is None else peaks_of(done.groups)
-        scales, notes = input_scales([place.plan.layers[name] for name in place.layers_of(block)], peaks, place.plan.format.scale_dtype(place.model_dtype))
+        scales, notes = input_scales([place.plan.layers[name] for name in modules], peaks, place.plan.format.scale_dtype(place.model_dtype))
         results, names, routed = [], [], routing.tokens(modules)
         for name, q, result in self._rounded(index, done, modules):
             result.transform, result.routed_tokens = done.words.get(name), routed.get(name)

@@ -125,3 +125,56 @@ def test_nothing_is_recorded_outside_of_watching() -> None:
     block(torch.randn(1, 3, 12))
 
     assert all(statistics is None for _, statistics in collector.shared())
+
+
+def mean_drift(original: Tensor, rows: Tensor) -> Tensor:
+    return (original - rows).T @ rows / len(rows)
+
+
+def test_the_drift_is_of_what_the_original_model_gives_in_the_same_place() -> None:
+    block, x, original = Attention(), torch.randn(3, 5, 12), torch.randn(3, 5, 12)
+    collector = HessianCollector(block.linears())
+    between = {}
+    block.o.register_forward_pre_hook(lambda module, inputs: between.setdefault(len(between), inputs[0].detach()))
+
+    for rows in (slice(0, 1), slice(1, 3)):
+        with collector.watching_original():
+            block(original[rows])
+        with collector.watching(torch.ones(3, 5, dtype=torch.bool)[rows]):
+            block(x[rows])
+
+    (_, shared), (_, own) = collector.shared()
+    torch.testing.assert_close(shared.drift, mean_drift(original.reshape(-1, 12), x.reshape(-1, 12)))
+    of_original, of_this = (torch.cat([between[first], between[first + 2]]).reshape(-1, 12) for first in (0, 1))
+    torch.testing.assert_close(own.drift, mean_drift(of_original, of_this))
+
+
+def test_padding_has_no_drift() -> None:
+    block, x, original = Attention(), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    valid = torch.tensor([[True, True, True, False, False], [True, True, True, True, False]])
+    collector = HessianCollector(block.linears())
+
+    with collector.watching_original():
+        block(original)
+    with collector.watching(valid):
+        block(x)
+
+    _, statistics = next(collector.shared())
+    torch.testing.assert_close(statistics.drift, mean_drift(original[valid], x[valid]))
+
+
+def test_linears_that_other_tokens_reach_in_the_original_model_have_no_drift() -> None:
+    experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    collector = HessianCollector({str(i): expert for i, expert in enumerate(experts)})
+    x, valid = torch.randn(10, 4), torch.ones(2, 5, dtype=torch.bool)
+
+    for ours, theirs in ((10, 10), (6, 6)):
+        with collector.watching_original():
+            experts[0](x[:theirs] + 1)
+            experts[1](x[-4:])
+        with collector.watching(valid):
+            experts[0](x[:ours])
+            experts[1](x[-4:])
+
+    statistics = {names[0]: found for names, found in collector.shared()}
+    assert statistics["0"].num_tokens == 16 and statistics["0"].drift is None and statistics["1"].drift is None

@@ -260,6 +260,8 @@ def test_a_hessian_beyond_help_is_refused(bad: float, message: str) -> None:
         ({"descent": -1}, "0 for none"),
         ({"descent": 1.5}, "number of passes"),
         ({"block": 0}, "number of columns"),
+        ({"propagate": 1.5}, "share from 0 to 1"),
+        ({"propagate": True}, "propagate is True"),
         ({"search": "yes"}, "true or false"),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
