@@ -24,7 +24,9 @@ from quantkit.conversion.prepare import Prepared, check_output, plan_conversion,
 from quantkit.conversion.recipe import Rule
 from quantkit.conversion.report import ConversionReport, LayerResult
 from quantkit.conversion.rows import load_rows, split_rows
-from quantkit.conversion.work import CalibratedWork, Listener, Workplace, carry, round_without_data
+from quantkit.conversion.without_data import round_without_data
+from quantkit.conversion.work import CalibratedWork
+from quantkit.conversion.workplace import Listener, Workplace, carry
 from quantkit.core.divergence import DivergenceResult
 from quantkit.errors import Interrupted
 from quantkit.formats.streamed import FileOrder

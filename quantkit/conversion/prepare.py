@@ -19,6 +19,7 @@ from quantkit.conversion.options import DEFAULT_RECIPE, ConvertOptions
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
 from quantkit.conversion.targets import require_candidates, require_loadable
+from quantkit.conversion.tuning import tuning_of
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import PLAIN
@@ -95,7 +96,9 @@ def _plan(
     opened: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, options: ConvertOptions, allocated: Mapping[str, str] | None = None
 ) -> Plan:
     settings = {"max_shard_size": options.max_shard_size, "dtype": options.carried_dtype}
-    return make_plan(opened, architecture, recipe, options.container, allocated=allocated, **settings)
+    plan = make_plan(opened, architecture, recipe, options.container, allocated=allocated, **settings)
+    tuning_of(plan)
+    return plan
 
 
 def _targeted(prepared: Prepared) -> Prepared:

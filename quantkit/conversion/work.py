@@ -1,4 +1,4 @@
-"""The tensors of a plan, made block by block and made durable one block at a time: with calibration, or tensor by tensor without.
+"""The layers of a plan by calibration, block by block, each made durable once it is done.
 
 Every unit is synced and then recorded in the ledger, so a killed run goes on where it was. What a calibrated run must know of finished blocks,
 their output on the calibration rows, it gets by running them again from what was written; so the resumed output is the same to the byte.
@@ -8,35 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from quantkit.allocator import give_back
-from quantkit.checkpoint.ledger import Ledger
-from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.hidden_states import HiddenStates
 from quantkit.conversion.input_scales import input_scales, peaks_of
 from quantkit.conversion.kv_cache import KVPeaks
-from quantkit.conversion.plan import Plan
-from quantkit.conversion.report import AS_IT_WAS, DECODED, LayerResult
+from quantkit.conversion.report import LayerResult
 from quantkit.conversion.rounding import round_together, shared_ranges
 from quantkit.conversion.statistics import HessianCollector
 from quantkit.conversion.transforms import Transformed, transform_block
 from quantkit.conversion.tuning import Rounded, TunedBlock, tuning_of
-from quantkit.core.difference import difference
+from quantkit.conversion.workplace import Workplace
 from quantkit.core.divergence import Divergence, DivergenceResult
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.errors import FormatError, SourceError
 from quantkit.formats.fusion import joint_name
 from quantkit.formats.kv_scales import rounded_states
-from quantkit.formats.moves import moved
-from quantkit.formats.streamed import FileOrder
 from quantkit.methods.tuned import Tuned
 from quantkit.models.activations import fake_quantize_inputs
 from quantkit.models.architecture import Block
@@ -46,185 +38,8 @@ from quantkit.models.kv_states import handling_keys_and_values
 from quantkit.models.routing import Routing
 from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
 
-_LOOKED_AT_ONCE = 1 << 24
 _PROBED_TOKENS = 64
 """A transform's folds are proved on so many tokens; experts that none of them reaches go with those alike."""
-_CARRIED_AT_ONCE = 256 << 20
-"""Bytes of copied tensors between two entries of the ledger."""
-
-
-class Listener(Protocol):
-    """Told how the work goes."""
-
-    def started(self, num_blocks: int) -> None: ...
-
-    def layer(self, result: LayerResult) -> None: ...
-
-    def block(self, index: int, results: list[LayerResult], *, resumed: bool) -> None: ...
-
-    def stage(self, text: str) -> None: ...
-
-
-@dataclass(eq=False, slots=True)
-class Workplace:
-    """What every unit of work needs."""
-
-    source: FileOrder
-    plan: Plan
-    writer: CheckpointWriter
-    ledger: Ledger
-    listener: Listener
-    model_dtype: torch.dtype
-    device: torch.device
-
-    def finished(self, unit: str) -> list[LayerResult] | None:
-        """The results of a unit that an earlier run finished, else None."""
-        return [LayerResult(**entry) for entry in self.ledger.entry(unit)["layers"]] if self.ledger.is_done(unit) else None
-
-    def finish(self, unit: str, results: list[LayerResult], names: list[str]) -> None:
-        self.writer.sync()
-        self.ledger.record(unit, {"layers": [asdict(r) for r in results], "tensors": names})
-
-    def write(self, name: str, q: QuantizedTensor) -> list[str]:
-        """Encode and write one layer; the names of its tensors."""
-        parts = self.plan.format.encode(q.to("cpu"), self.plan.layers[name].scheme)
-        for part, tensor in parts.items():
-            self.writer.add(f"{name}.{part}", tensor)
-        return [f"{name}.{part}" for part in parts]
-
-    def keep(self, name: str, weights: Weights) -> Tensor:
-        """Write one tensor that is not quantized; what it was before it got its type."""
-        tensor = weights.get(name)
-        self.writer.add(name, _as_type(name, tensor, self.plan.planned[name].dtype))
-        return tensor
-
-    def read(self, name: str) -> QuantizedTensor:
-        """A layer as an earlier run wrote it."""
-        scheme = self.plan.layers[name].scheme
-        parts = [part for part in self.plan.format.part_names(scheme) if f"{name}.{part}" in self.plan.planned]
-        return self.plan.format.decode({part: self.writer.read(f"{name}.{part}") for part in parts}, scheme)
-
-    def layers_of(self, block: Block) -> list[str]:
-        return [linear.name for linear in block.linears if linear.name in self.plan.layers]
-
-
-def carry(place: Workplace) -> list[LayerResult]:
-    """Copy every tensor that is not quantized; the accounts of those that were in the source."""
-    every: list[LayerResult] = []
-    for number, names in enumerate(_portions(place)):
-        unit = f"carried.{number}"
-        results = place.finished(unit)
-        if results is None:
-            results = [result for name in names if (result := _carry(place, name)) is not None]
-            place.finish(unit, results, names)
-        every += results
-    return every
-
-
-def _carry(place: Workplace, name: str) -> LayerResult | None:
-    before, module = place.keep(name, place.source), name.removesuffix(".weight")
-    if module not in place.source.schemes or not name.endswith(".weight"):
-        return None
-    change = difference(before, place.writer.read(name))
-    dtype = str(place.plan.planned[name].dtype).removeprefix("torch.")
-    result = LayerResult(module, dtype, DECODED, change.relative, lossless=change.is_none, max_error=change.largest)
-    place.listener.layer(result)
-    return result
-
-
-def _as_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises SourceError where the tensor holds NaN or infinity, or would once it has the type."""
-    if not _is_finite(tensor):
-        raise SourceError(f"{name} holds NaN or infinite values; the source model is damaged")
-    cast = tensor.to(dtype)
-    if cast.dtype != tensor.dtype and not _is_finite(cast):
-        largest = f"{tensor.abs().max():.3g}"
-        raise SourceError(f"{name} holds values up to {largest}, which {str(dtype).removeprefix('torch.')} cannot; use --dtype bfloat16 or auto")
-    return cast
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """In slices, as 8-bit floats must be widened to be looked at."""
-    slices = tensor.split(max(1, _LOOKED_AT_ONCE * len(tensor) // tensor.numel())) if tensor.ndim and tensor.numel() else [tensor]
-    return not tensor.is_floating_point() or all(bool(torch.isfinite(part.float()).all()) for part in slices)
-
-
-def _portions(place: Workplace) -> Iterator[list[str]]:
-    carried = set(place.plan.carried)
-    portion: list[str] = []
-    total = 0
-    for name in (t.name for t in place.plan.tensors if t.name in carried):
-        portion.append(name)
-        total += place.plan.planned[name].nbytes
-        if total >= _CARRIED_AT_ONCE:
-            yield portion
-            portion, total = [], 0
-    if portion:
-        yield portion
-
-
-def round_without_data(place: Workplace, blocks: list[Block]) -> list[LayerResult]:
-    """Tensor in, tensor out; nothing is built and nothing is run."""
-    every: list[LayerResult] = []
-    for index, block in enumerate(blocks):
-        done = place.finished(block.path)
-        results = _round_block(place, block) if done is None else done
-        place.listener.block(index, results, resumed=done is not None)
-        every += results
-    return every + _round_outside(place, blocks)
-
-
-def _round_block(place: Workplace, block: Block) -> list[LayerResult]:
-    return _round_unit(place, block.path, place.layers_of(block))
-
-
-def _round_outside(place: Workplace, blocks: list[Block]) -> list[LayerResult]:
-    """Layers in no block: a quantized source may have some, such as its head."""
-    inside = {name for block in blocks for name in place.layers_of(block)}
-    outside = [name for name in place.plan.layers if name not in inside]
-    done = place.finished("outside") if outside else []
-    return _round_unit(place, "outside", outside) if done is None else done
-
-
-def _round_unit(place: Workplace, unit: str, layers: list[str]) -> list[LayerResult]:
-    results, names = [], []
-    ranges = shared_ranges([layer for layer in layers if place.plan.layers[layer].kept is None], place.plan, place.source)
-    for layer in layers:
-        written, result = _move(place, layer) if place.plan.layers[layer].kept is not None else _round(place, layer, ranges.get(layer))
-        names += written
-        results.append(result)
-        place.listener.layer(result)
-    place.finish(unit, results, names)
-    return results
-
-
-def _round(place: Workplace, layer: str, largest: float | None) -> tuple[list[str], LayerResult]:
-    ((name, q, result),) = round_together([layer], place.plan, place.source, None, place.model_dtype, place.device, largest)
-    written = place.write(name, q)
-    if place.plan.keeps_codes:
-        change = difference(place.source.quantized(name), place.read(name))
-        result.lossless, result.max_error, result.error = change.is_none, change.largest, change.relative
-    return written, result
-
-
-def _move(place: Workplace, name: str) -> tuple[list[str], LayerResult]:
-    """Write a layer of a quantized source as it is, and look at what was written.
-
-    Raises:
-        SourceError: it holds NaN or infinity.
-        FormatError: it does not dequantize to what it did.
-    """
-    layer, before = place.plan.layers[name], place.source.quantized(name)
-    assert layer.kept is not None
-    written = place.write(name, moved(before, layer.scheme, layer.kept))
-    change = difference(before, place.read(name))
-    if not change.is_finite:
-        raise SourceError(f"{name} holds NaN or infinite values; the source model is damaged")
-    if not change.is_none:
-        loss = f"by up to {change.largest:.3g}, ||W - Q||² / ||W||² {change.relative:.2g}"
-        way = "give a recipe and --requantize to quantize the decoded weights, or take bf16"
-        raise FormatError(f"{name} would not be what it was in {place.plan.format.name}: its weights change {loss}; {way}")
-    return written, LayerResult(name, layer.scheme.name, AS_IT_WAS, 0.0, lossless=True, max_error=0.0)
 
 
 class CalibratedWork:
