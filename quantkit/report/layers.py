@@ -50,14 +50,14 @@ class Heat:
 
 
 def layer_grid(checkpoint: CheckpointResult) -> LayerGrid | None:
-    """None of a checkpoint without an account of its conversion."""
-    if checkpoint.conversion is None or not checkpoint.conversion.layers:
-        return None
+    """None of a checkpoint without an account of what its quantization lost."""
     worst: dict[tuple[str, str], LayerError] = {}
-    for layer in checkpoint.conversion.layers:
+    for layer in known_layers(checkpoint):
         block, kind = place(layer.name)
         if (kind, block) not in worst or worst[kind, block].error < layer.error:
             worst[kind, block] = layer
+    if not worst:
+        return None
     blocks = sorted({block for _, block in worst}, key=lambda block: (block == OUTSIDE, int(block) if block != OUTSIDE else 0))
     return LayerGrid(checkpoint.name, list(dict.fromkeys(kind for kind, _ in worst)), blocks, worst)
 
@@ -65,7 +65,7 @@ def layer_grid(checkpoint: CheckpointResult) -> LayerGrid | None:
 def by_depth(checkpoint: CheckpointResult) -> list[tuple[int, float]]:
     """Each block's number, and its layers' mean error."""
     errors: dict[int, list[float]] = defaultdict(list)
-    for layer in checkpoint.conversion.layers if checkpoint.conversion is not None else ():
+    for layer in known_layers(checkpoint):
         block, _ = place(layer.name)
         if block != OUTSIDE:
             errors[int(block)].append(layer.error)
@@ -74,13 +74,18 @@ def by_depth(checkpoint: CheckpointResult) -> list[tuple[int, float]]:
 
 def worst_layers(checkpoint: CheckpointResult, count: int) -> list[LayerError]:
     """The first one is the worst."""
-    layers = checkpoint.conversion.layers if checkpoint.conversion is not None else []
-    return sorted(layers, key=lambda layer: -layer.error)[:count]
+    return sorted(known_layers(checkpoint), key=lambda layer: -layer.error)[:count]
+
+
+def known_layers(checkpoint: CheckpointResult) -> list[LayerError]:
+    """Those whose error is beside the original: none where a quantized one was moved, whose account is beside that."""
+    made = checkpoint.conversion
+    return made.layers if made is not None and made.recipe is not None else []
 
 
 def unaccounted(report: Report) -> list[str]:
     """Names of checkpoints that nothing is known of layer by layer."""
-    return [each.name for each in report.checkpoints if each.conversion is None or not each.conversion.layers]
+    return [each.name for each in report.checkpoints if not known_layers(each)]
 
 
 def place(name: str) -> tuple[str, str]:

@@ -32,7 +32,7 @@ class LayerError(Part):
 class Conversion(Part):
     """What the checkpoint's own account says; only quantkit writes one."""
 
-    recipe: str
+    recipe: str | None = Field(description="null where nothing was quantized: a quantized original in another container, or decoded")
     seconds: float
     peak_memory_bytes: int
     calibration: str | None

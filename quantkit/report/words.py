@@ -91,7 +91,7 @@ def conversions(report: Report) -> Table:
             seen = "; ".join(text for text in (made.calibration or "none", made.experts) if text)
             bits = f"{each.bits_per_weight:.3f}" if each.bits_per_weight is not None else ""
             errors, cost = (f"{mean:.2e}", f"{worst.name}: {worst.error:.2e}"), (f"{made.seconds:.0f} s", size(made.peak_memory_bytes))
-            rows.append((each.name, made.recipe, bits, *errors, *cost, seen))
+            rows.append((each.name, made.recipe or "none", bits, *errors, *cost, seen))
     return heads, rows
 
 
@@ -111,7 +111,7 @@ def unknown_layers(report: Report) -> str | None:
     names = unaccounted(report)
     if not names:
         return None
-    return f"Nothing is known of the layers of {', '.join(names)}: no {REPORT_FILE} of quantkit's lies beside the weights."
+    return f"Nothing is known of the layers of {', '.join(names)}: no {REPORT_FILE} beside the weights says what quantizing them lost."
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:

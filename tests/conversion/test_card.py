@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from quantkit.conversion.card import kept_front_matter, model_card
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
-from quantkit.conversion.report import ConversionReport, LayerResult
+from quantkit.conversion.report import AS_IT_WAS, DECODED, ConversionReport, LayerResult
 from quantkit.formats.engine_loading import how_to_load
 from quantkit.formats.engines import ENGINES, Verdict
 from quantkit.formats.summary import summarize
@@ -103,6 +103,17 @@ def test_layers_that_are_not_as_asked_are_named_with_the_reason() -> None:
     assert "- outside the decoder blocks: `lm_head`" in section(card, "Left as they were")
     assert "- no group \\| divides: `l.0.up`, `l.1.up`, `l.2.up`, `l.3.up` and 2 more" in section(card, "Otherwise than the recipe says")
     assert "Left as they were" not in model_card(report(), "m", {}, []) and front(card)["tags"][-1] == "8-bit"
+
+
+def test_a_quantized_original_in_another_container_or_decoded_is_called_that() -> None:
+    moved = [LayerResult("l.0.up", "w4a16", AS_IT_WAS, 0.0, lossless=True, max_error=0.0)]
+    decoded = [LayerResult("l.0.up", "bfloat16", DECODED, 0.0, lossless=True, max_error=0.0)]
+
+    card = model_card(report(recipe=None, layers=moved), "m", {}, [])
+    assert "1 w4a16 as it was" in card and "1 of 1 layers lossless" in card and "| recipe |" not in card and "recipe.yaml" not in card
+    assert front(card)["tags"] == OURS["tags"]
+    card = model_card(report(recipe=None, format="bf16", layers=decoded, source="org/m"), "org/m", {}, [])
+    assert "| quantized layers |" not in card and front(card)["tags"] == ["quantkit", "bf16"] and "base_model_relation" not in front(card)
 
 
 def test_engines_that_load_it_have_a_command_and_the_others_a_reason() -> None:

@@ -110,7 +110,7 @@ def test_what_blocks_hand_on_is_the_same_with_the_flag(mixture: Path, tmp_path: 
     assert all(torch.equal(one.get(name), other.get(name)) for name in one.names)
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-awq-gptq", "w2a16-tuned"])
+@pytest.mark.parametrize("recipe", ["w4a16-awq-gptq", "w2a16-tuned", "fp8-static"])
 def test_transforms_and_tuning_take_experts_that_saw_everything(recipe: str, mixture: Path, tmp_path: Path, options: Options) -> None:
     report = convert(str(mixture), tmp_path / "out", options(recipe, moe_calibrate_all_experts=True))
 

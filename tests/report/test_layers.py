@@ -127,9 +127,18 @@ def test_other_tools_checkpoints_have_no_such_picture_and_it_is_said() -> None:
     mixed, foreign = beside(deep(2), report_of(name="another's").checkpoints[0]), beside(report_of(name="another's").checkpoints[0])
 
     for text in (page(mixed).replace("&#39;", "'"), markdown(mixed), markdown(foreign), page(foreign).replace("&#39;", "'")):
-        assert "Nothing is known of the layers of another's: no quantkit_report.json" in text
+        assert "Nothing is known of the layers of another's: no quantkit_report.json beside the weights says" in text
     assert page(mixed).count('class="heat"') == 1 and 'class="heat"' not in page(foreign)
     assert "Nothing is known" not in page(beside(deep(2)))
+
+
+def test_what_was_moved_has_no_errors_beside_the_original() -> None:
+    made = deep(2).conversion
+    assert made is not None
+    moved = report_of(conversion=made.model_copy(update={"recipe": None})).checkpoints[0]
+
+    assert layer_grid(moved) is None and not by_depth(moved) and not worst_layers(moved, 3)
+    assert "Nothing is known of the layers of small" in page(beside(moved)) and not charts(beside(moved))
 
 
 def test_what_calibration_said_of_experts_is_passed_on(tmp_path: Path) -> None:
