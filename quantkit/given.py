@@ -22,6 +22,11 @@ def require_types(options: Any) -> None:
             raise UsageError(f"{name} is {value!r}, a {type(value).__name__}; give {wanted}")
 
 
+def is_number(value: object) -> bool:
+    """True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def size_in_bytes(text: str) -> int:
     """The bytes of "5GB", "1.5 MB", "512MiB" or "100000"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip(), re.IGNORECASE)

@@ -151,7 +151,7 @@ def _work(prepared: Prepared, place: Workplace, rows: CalibrationSet | None, par
     place.listener.started(len(blocks))
     decoded = carry(place)
     if rows is None:
-        return decoded + round_without_data(place, blocks), None
+        return [*([] if prepared.recipe else decoded), *round_without_data(place, blocks)], None
     calibration, held_out = split_rows(rows, prepared.options)
     runner = BlockRunner(prepared.architecture, device=place.device, dtype=_running_dtype(prepared))
     return CalibratedWork(place, runner, calibration, held_out, partial).run()

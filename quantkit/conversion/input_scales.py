@@ -14,17 +14,12 @@ from torch import Tensor
 from quantkit.conversion.layer_plan import LayerPlan
 from quantkit.core.activations import top_of
 from quantkit.core.scales import stored_scale
-from quantkit.core.scheme import Scheme
 from quantkit.errors import CalibrationError
 from quantkit.formats.fusion import with_one_input_scale
 from quantkit.methods.base import Statistics
 
 Peaks = Mapping[str, float]
 """The largest magnitude seen at each layer's input, by the layer's name; of those that a token reached."""
-
-
-def is_static(scheme: Scheme) -> bool:
-    return scheme.activation is not None and scheme.activation.is_static
 
 
 def peaks_of(groups: Iterable[tuple[list[str], Statistics | None]]) -> dict[str, float]:
@@ -39,7 +34,7 @@ def input_scales(layers: Sequence[LayerPlan], peaks: Peaks, dtype: torch.dtype) 
     Raises:
         CalibrationError: nothing is known of an input, or it was infinite.
     """
-    static = {layer.linear.name: layer.scheme for layer in layers if is_static(layer.scheme)}
+    static = {layer.linear.name: layer.scheme for layer in layers if layer.scheme.is_static}
     scales, notes = {}, {}
     for names in with_one_input_scale(static):
         known = [peaks[name] for name in names if peaks.get(name)]

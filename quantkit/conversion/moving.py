@@ -1,7 +1,7 @@
 """The plan of a conversion that quantizes nothing: a quantized source into another container as it is, or into ordinary bfloat16 weights.
 
 What the container cannot hold as it is gets refused before any work, or, with `requantize`, is quantized again from the decoded weights. Whether a
-layer is the same is then decided by what was written (see `work`).
+layer is the same is then decided by what was written (see `without_data`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from quantkit.conversion.plan import Plan, lay_out
 from quantkit.core.scheme import Scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import Format
-from quantkit.formats.kv_scales import is_kv_scale, kv_scheme
+from quantkit.formats.kv_scales import HOLDS_KV_SCALES, is_kv_scale, kv_scheme
 from quantkit.formats.moves import has_order, kept_types, obstacle, scheme_in
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import CONTAINERS, PLAIN, get_format
@@ -25,6 +25,7 @@ from quantkit.methods.registry import get_rounding
 from quantkit.models.architecture import Architecture, Linear
 
 _NOT_QUANTIZED = "not quantized in the source"
+_ELSEWHERE = "take compressed-tensors, or bf16 for ordinary weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,7 @@ def plan_plain(source: OpenedCheckpoint, architecture: Architecture, options: Co
     """Every weight as bfloat16: decoded where it is quantized."""
     _require_whole(source)
     scales = [name for name in source.dense_names if is_kv_scale(name)] if source.format is not None else []
-    left_alone: dict[str, str] = {}
-    settings = {"max_shard_size": options.max_shard_size, "dtype": options.carried_dtype}
-    plan = lay_out(source, architecture, PLAIN, {}, left_alone, left_out=scales, **settings)
+    plan = lay_out(source, architecture, PLAIN, {}, {}, max_shard_size=options.max_shard_size, dtype=options.carried_dtype, left_out=scales)
     _note_scales(plan, scales, source)
     return plan
 
@@ -64,7 +63,7 @@ def plan_moves(source: OpenedCheckpoint, architecture: Architecture, options: Co
     layers = _layers(move, source, linears)
     names = [linear.name for block in architecture.blocks for linear in block.linears] + [linear.name for linear in architecture.outside]
     left_alone = {linear: _NOT_QUANTIZED for linear in names if linear not in layers and f"{linear}.weight" in source}
-    holds_kv = move.fmt.name == "compressed-tensors"
+    holds_kv = move.fmt.name in HOLDS_KV_SCALES
     scales = [] if holds_kv else [name for name in source.dense_names if is_kv_scale(name)]
     settings = {"max_shard_size": options.max_shard_size, "dtype": options.carried_dtype}
     plan = lay_out(source, architecture, move.fmt, layers, left_alone, left_out=scales, **settings)
@@ -84,7 +83,7 @@ def _require_whole(source: OpenedCheckpoint) -> None:
 
 
 def _note_scales(plan: Plan, scales: list[str], source: OpenedCheckpoint) -> None:
-    if scales or (plan.format.name != "compressed-tensors" and kv_scheme(source.reader.quantization_config) is not None):
+    if scales or (plan.format.name not in HOLDS_KV_SCALES and kv_scheme(source.reader.quantization_config) is not None):
         plan.notes.append(f"the scheme of the KV cache and its {len(scales)} scales are left out: {plan.format.name} has no place for them")
 
 
@@ -138,9 +137,6 @@ def _layers(move: _Move, source: OpenedCheckpoint, linears: dict[str, Linear]) -
             main = scheme
         layers[name] = LayerPlan(linear, scheme, again, note=f"quantized again: {move.obstacles[name]}")
     return layers
-
-
-_ELSEWHERE = "take compressed-tensors, or bf16 for ordinary weights"
 
 
 def _refusal(name: str, move: _Move, source: OpenedCheckpoint, architecture: Architecture, linears: dict[str, Linear]) -> str:

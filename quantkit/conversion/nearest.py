@@ -20,8 +20,7 @@ def nearest_scheme(fmt: Format, scheme: Scheme, shape: tuple[int, int]) -> Schem
     A calibrated scale of inputs is never made here, so schemes with one are passed over.
     """
     for candidate in _candidates(scheme):
-        is_static = candidate.activation is not None and candidate.activation.is_static
-        if not is_static and fmt.why_not(candidate, shape) is None:
+        if not candidate.is_static and fmt.why_not(candidate, shape) is None:
             return candidate
     return None
 

@@ -13,7 +13,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint.writer import TensorPlan, planned_bytes
-from quantkit.conversion.input_scales import is_static
 from quantkit.conversion.kv_cache import KVCachePlan, plan_kv_cache
 from quantkit.conversion.layer_plan import LayerPlan, check_format, decide_layers
 from quantkit.conversion.recipe import Recipe
@@ -77,7 +76,7 @@ class Plan:
     @property
     def has_static_inputs(self) -> bool:
         """Whether layers' inputs are quantized by scales that calibration finds."""
-        return any(layer.kept is None and is_static(layer.scheme) for layer in self.layers.values())
+        return any(layer.kept is None and layer.scheme.is_static for layer in self.layers.values())
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -172,8 +171,10 @@ def lay_out(
     plan = Plan(fmt, layers, left_alone, sorted(ignored), [], [], source.reader.total_bytes, max_shard_size)
     model_dtype = dtype or source.dtype
     conv1d = {linear.name for block in architecture.blocks for linear in block.linears if linear.is_transposed}
-    for name in (name for name in _in_file_order(source) if name not in left_out):
+    for name in _in_file_order(source):
         module = name.removesuffix(".weight")
+        if name in left_out:
+            continue
         if module in layers and name.endswith(".weight"):
             _plan_layer(plan, layers[module], model_dtype)
         else:

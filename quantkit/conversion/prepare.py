@@ -97,7 +97,7 @@ def _plan(
 ) -> Plan:
     settings = {"max_shard_size": options.max_shard_size, "dtype": options.carried_dtype}
     plan = make_plan(opened, architecture, recipe, options.container, allocated=allocated, **settings)
-    tuning_of(plan)
+    tuning_of(plan)  # refuses rules that tune unlike
     return plan
 
 

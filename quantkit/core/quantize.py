@@ -51,6 +51,10 @@ class Grid:
     def values(self, levels: Tensor) -> Tensor:
         return levels * self.scale
 
+    def where(self, wins: Tensor, other: Grid) -> Grid:
+        """This grid for the groups that win, bool [..., 1], and the other for the rest."""
+        return Grid(torch.where(wins, self.scale, other.scale), torch.where(wins, self.zero, other.zero))
+
     def doubly_quantized(self) -> Grid:
         """The same grid with the scales that double quantization leaves."""
         codes, nested = nest(self.scale.flatten())
@@ -153,7 +157,7 @@ def _refit(groups: Tensor, grid: Grid, spec: QuantSpec, scales: ScaleType, weigh
 def _better(groups: Tensor, spec: QuantSpec, weights: Tensor, best: Grid, least: Tensor, candidate: Grid) -> tuple[Grid, Tensor]:
     error = _error(groups, candidate, spec, weights)
     wins = error < least
-    return Grid(torch.where(wins, candidate.scale, best.scale), torch.where(wins, candidate.zero, best.zero)), torch.where(wins, error, least)
+    return candidate.where(wins, best), torch.where(wins, error, least)
 
 
 def _error(groups: Tensor, grid: Grid, spec: QuantSpec, weights: Tensor) -> Tensor:
@@ -202,7 +206,12 @@ def rounded(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, *, search
     grid = range_grid(groups, spec, scales) if not search else search_grid(groups, spec, scales, column_weights(importance, spec, weight.shape))
     if search and spec.scale == "nested":
         grid = grid.doubly_quantized()  # round to the scales that will be there; bitsandbytes, which searches nothing, does not
-    return from_grid(spec, from_groups(grid.nearest(groups, spec), spec, weight.shape), grid, scales)
+    return nearest_on(weight, spec, grid, scales)
+
+
+def nearest_on(weight: Tensor, spec: QuantSpec, grid: Grid, scales: ScaleType) -> QuantizedTensor:
+    """Every weight of float32 [N, K] at its nearest level on a grid [R, G, 1]."""
+    return from_grid(spec, from_groups(grid.nearest(as_groups(weight, spec), spec), spec, weight.shape), grid, scales)
 
 
 def _by_row_maximum(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:

@@ -124,5 +124,10 @@ class Scheme:
     def is_quantized(self) -> bool:
         return self.weight is not None
 
+    @property
+    def is_static(self) -> bool:
+        """Whether inputs are quantized by a scale that calibration found."""
+        return self.activation is not None and self.activation.is_static
+
 
 UNQUANTIZED = Scheme("none", None)

@@ -114,7 +114,7 @@ def blank(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype, inpu
     """A quantized tensor on the meta device: shapes and types, no values."""
     assert scheme.weight is not None
     q = empty(scheme.weight, shape, scale_dtype, "meta")
-    if scheme.activation is not None and scheme.activation.is_static:
+    if scheme.is_static:
         q.input_scale = torch.empty(1, dtype=input_scale_dtype, device="meta")
     return q
 

@@ -69,8 +69,7 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, layout: Layout) -> Quant
     codes = part(parts, "weight").view(torch.uint8)
     if layout == "mxfp8-quantized":
         return assembled(spec, codes, scale.view(torch.float8_e8m0fnu))
-    is_static = scheme.activation is not None and scheme.activation.is_static
-    input_scale = part(parts, "input_scale").reshape(1) if is_static else None
+    input_scale = part(parts, "input_scale").reshape(1) if scheme.is_static else None
     shaped = scale.reshape(1, 1) if spec.group is None else _as_rows(scale, codes.shape[0]) if spec.group == CHANNEL else scale
     return replace(assembled(spec, codes, shaped), input_scale=input_scale)
 

@@ -11,7 +11,7 @@ import torch
 
 from quantkit.core.scheme import CHANNEL, Scheme
 from quantkit.formats.fusion import fused_groups
-from quantkit.formats.kv_scales import in_words, kv_scheme
+from quantkit.formats.kv_scales import in_words, is_fp8, kv_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ def marlin_only(stored: Stored) -> str | None:
 def fp8_kv_cache(stored: Stored) -> str | None:
     """Where a KV cache is asked for, it is one of symmetric 8-bit floats."""
     scheme = kv_scheme(stored.config)
-    if scheme is None or (scheme.get("num_bits"), scheme.get("type"), scheme.get("symmetric", True)) == (8, "float", True):
+    if scheme is None or is_fp8(scheme):
         return None
     return f"takes symmetric 8-bit floats for its KV cache, and the config asks for {in_words(scheme)}"
 

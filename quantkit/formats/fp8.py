@@ -53,11 +53,10 @@ class FP8:
     def decode(self, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         spec = scheme.weight
         assert spec is not None
-        is_static = scheme.activation is not None and scheme.activation.is_static
-        require_parts(parts, ("weight", _scale_name(scheme), *(("input_scale",) if is_static else ())))
+        require_parts(parts, ("weight", _scale_name(scheme), *(("input_scale",) if scheme.is_static else ())))
         scale = parts[_scale_name(scheme)]
         q = assembled(spec, parts["weight"].view(torch.uint8), scale if spec.group is not None else scale.reshape(1, 1))
-        q.input_scale = parts["input_scale"].reshape(1) if is_static else None
+        q.input_scale = parts["input_scale"].reshape(1) if scheme.is_static else None
         return q
 
     def config(self, layers: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:

@@ -61,12 +61,16 @@ def kv_scheme(quantization_config: Mapping[str, Any] | None) -> Mapping[str, Any
     return found if isinstance(found, Mapping) else None
 
 
+def is_fp8(scheme: Mapping[str, Any]) -> bool:
+    """Symmetric 8-bit floats, the only kind that engines take."""
+    return (scheme.get("num_bits"), scheme.get("type"), scheme.get("symmetric", True)) == (8, "float", True)
+
+
 def why_not(scheme: Mapping[str, Any] | None) -> str | None:
     """Why a cache of this scheme cannot be made, or None when it can."""
     if scheme is None:
         return None
-    kind = (scheme.get("num_bits"), scheme.get("type"), scheme.get("symmetric", True))
-    if kind == (8, "float", True) and (scheme.get("dynamic") or scheme.get("strategy") in _STRATEGIES):
+    if is_fp8(scheme) and (scheme.get("dynamic") or scheme.get("strategy") in _STRATEGIES):
         return None
     return f"{in_words(scheme)} is not read; quantkit reads symmetric FP8 with one scale a tensor or a head"
 

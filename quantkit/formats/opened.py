@@ -81,7 +81,7 @@ class OpenedCheckpoint:
         """The calibrated scale [1] of every quantized module's input that has one."""
         found = {}
         for module, scheme in self.schemes.items():
-            if scheme.activation is not None and scheme.activation.is_static:
+            if scheme.is_static:
                 if f"{module}.input_scale" not in self.reader:
                     raise FormatError(f"{module} is of {scheme.name} and has no input_scale")
                 found[module] = self.reader.get(f"{module}.input_scale").reshape(1)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.core.groups import as_groups, from_groups
+from quantkit.core.groups import as_groups
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.quantize import from_grid, range_grid
+from quantkit.core.quantize import nearest_on, range_grid
 from quantkit.core.scales import ScaleType
 from quantkit.core.scheme import QuantSpec
 from quantkit.methods.base import Statistics
@@ -40,8 +40,7 @@ class ClippedToNearest:
             grid = range_grid(_cut(ends, limit * share), spec, scales)
             error = output_error(grid.values(grid.nearest(groups, spec)).sub_(groups), blocks)
             best, least = torch.where(error < least, limit * share, best), torch.minimum(error, least)
-        grid = range_grid(_cut(ends, best), spec, scales)
-        return from_grid(spec, from_groups(grid.nearest(groups, spec), spec, weight.shape), grid, scales)
+        return nearest_on(weight, spec, range_grid(_cut(ends, best), spec, scales), scales)
 
 
 def output_error(difference: Tensor, blocks: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from quantkit.core.quantize import Grid, column_weights, from_grid, range_grid, 
 from quantkit.core.scales import ScaleType
 from quantkit.core.scheme import QuantSpec
 from quantkit.errors import CalibrationError, RecipeError, did_you_mean
+from quantkit.given import is_number
 from quantkit.methods.base import Statistics
 from quantkit.methods.descent import descend
 from quantkit.methods.propagation import propagated
@@ -55,7 +56,7 @@ class GPTQ:
     def __post_init__(self) -> None:
         if self.order not in get_args(Order):
             raise RecipeError(f"unknown order {self.order!r}; {did_you_mean(str(self.order), get_args(Order))}")
-        if not isinstance(self.damp, int | float) or not 0 < self.damp <= 1:
+        if not is_number(self.damp) or not 0 < self.damp <= 1:
             raise RecipeError(f"damp is {self.damp!r}; give a share of the mean diagonal above 0 and up to 1, such as 0.01")
         if not isinstance(self.search, bool):
             raise RecipeError(f"search is {self.search!r}; give true or false")
@@ -63,7 +64,7 @@ class GPTQ:
             raise RecipeError(f"descent is {self.descent!r}; give a number of passes, 0 for none")
         if type(self.block) is not int or self.block < 1:
             raise RecipeError(f"block is {self.block!r}; give a number of columns, such as 128")
-        if not isinstance(self.propagate, int | float) or isinstance(self.propagate, bool) or not 0 <= self.propagate <= 1:
+        if not is_number(self.propagate) or not 0 <= self.propagate <= 1:
             raise RecipeError(f"propagate is {self.propagate!r}; give a share from 0 to 1, such as {PROPAGATED}")
 
     @property

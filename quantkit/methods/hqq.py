@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.core.groups import as_groups, from_groups
+from quantkit.core.groups import as_groups
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.quantize import Grid, from_grid, range_grid
+from quantkit.core.quantize import Grid, nearest_on, range_grid
 from quantkit.core.scales import ScaleType
 from quantkit.core.scheme import QuantSpec
 from quantkit.errors import RecipeError
+from quantkit.given import is_number
 from quantkit.methods.base import Statistics
 
 _STARTS = (1.0, 0.9, 0.8, 0.7)
@@ -47,13 +48,13 @@ class HalfQuadratic:
     needs_original = False
 
     def __post_init__(self) -> None:
-        if not _is_number(self.p) or not 0 < self.p <= 1:
+        if not is_number(self.p) or not 0 < self.p <= 1:
             raise RecipeError(f"p is {self.p!r}; give a norm above 0 and up to 1, such as 0.7")
         if type(self.steps) is not int or self.steps < 1:
             raise RecipeError(f"steps is {self.steps!r}; give a whole number from 1 on, such as 10")
-        if not _is_number(self.beta) or not self.beta > 0:
+        if not is_number(self.beta) or not self.beta > 0:
             raise RecipeError(f"beta is {self.beta!r}; give a number above 0, such as 10")
-        if not _is_number(self.growth) or not self.growth >= 1:
+        if not is_number(self.growth) or not self.growth >= 1:
             raise RecipeError(f"growth is {self.growth!r}; give a number from 1 on, such as 1.05")
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
@@ -66,9 +67,9 @@ class HalfQuadratic:
                 grid, beta = self._refitted(groups, grid, spec, scales, beta), beta * self.growth
                 error = _error(groups, grid, spec, 2.0)
                 wins = (error < least) & (_error(groups, grid, spec, self.p) <= most)
-                best, least = _chosen(wins, grid, best), torch.where(wins, error, least)
+                best, least = grid.where(wins, best), torch.where(wins, error, least)
         grid = best.doubly_quantized() if spec.scale == "nested" else best
-        return from_grid(spec, from_groups(grid.nearest(groups, spec), spec, weight.shape), grid, scales)
+        return nearest_on(weight, spec, grid, scales)
 
     def _refitted(self, groups: Tensor, grid: Grid, spec: QuantSpec, scales: ScaleType, beta: float) -> Grid:
         """The grid of least squares for the levels there are, once outliers are put aside."""
@@ -96,11 +97,3 @@ def _zero(codes: Tensor, wanted: Tensor, zero: Tensor, spec: QuantSpec) -> Tenso
 def _error(groups: Tensor, grid: Grid, spec: QuantSpec, p: float) -> Tensor:
     """The sum of |error|^p, [R, G, 1] for groups [R, G, g]."""
     return (grid.values(grid.nearest(groups, spec)) - groups).abs().pow(p).sum(-1, keepdim=True)
-
-
-def _chosen(wins: Tensor, grid: Grid, best: Grid) -> Grid:
-    return Grid(torch.where(wins, grid.scale, best.scale), torch.where(wins, grid.zero, best.zero))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import RecipeError
+from quantkit.given import is_number
 from quantkit.methods.base import Reader, Rounding
 
 _SMALLEST = 1e-5
@@ -24,7 +25,7 @@ class SmoothQuant:
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
+        if not is_number(self.alpha) or not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha is {self.alpha!r}; give a share from 0 to 1, such as 0.5")
 
     def scale(self, readers: Sequence[Reader], index: Tensor, count: int) -> Tensor:

@@ -20,6 +20,7 @@ from quantkit.core.quantize import Grid, from_grid
 from quantkit.core.scales import ScaleType
 from quantkit.core.scheme import QuantSpec
 from quantkit.errors import RecipeError
+from quantkit.given import is_number
 from quantkit.methods.base import Statistics
 from quantkit.methods.gptq import GPTQ
 
@@ -60,7 +61,7 @@ class Tuned:
                 raise RecipeError(f"{name} is {value!r}; give a whole number from 1 on, such as {example}")
         for name in ("rate", "scale_rate", "zero_rate", "ahead"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise RecipeError(f"{name} is {value!r}; give a number from 0 to 1, such as 0.01")
         if type(self.seed) is not int:
             raise RecipeError(f"seed is {self.seed!r}; give a whole number")
