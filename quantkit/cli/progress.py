@@ -122,7 +122,8 @@ def show_report(report: ConversionReport) -> None:
     results = results_console()
     table = Table(title=f"{report.output}: {report.source}{_by(report.recipe)} as {report.format}", title_justify="left", show_header=False)
     ratio = report.bytes_before / max(1, report.bytes_after)
-    table.add_row("size", f"{_megabytes(report.bytes_before)} -> {_megabytes(report.bytes_after)} ({ratio:.2f}x smaller)")
+    size = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+    table.add_row("size", f"{_megabytes(report.bytes_before)} -> {_megabytes(report.bytes_after)} ({size})")
     table.add_row("bits per weight", bits_in_words(report.linear_bpw, report.file_bpw))
     table.add_row("time", f"{report.seconds:.1f} s")
     table.add_row("peak memory", _megabytes(report.peak_memory_bytes))

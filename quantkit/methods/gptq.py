@@ -27,7 +27,8 @@ from quantkit.methods.propagation import propagated
 
 Order = Literal["group", "static", "none"]
 PROPAGATED = 0.4
-"""The share of a drift that is best made up for, by KL on other text than calibration's: 0.35 to 0.5 are alike, 1 is worse than none at 4 bits."""
+"""The share of a drift that is best made up for. KL of stories3m on text not calibrated on, 4 bits in groups of 64, two draws of evals/peers:
+none 0.112 and 0.113, 0.2 0.099 and 0.100, 0.4 0.095 and 0.095, 0.7 0.102 and 0.103, all of it 0.143 and 0.140."""
 
 
 @dataclass(frozen=True, slots=True)
