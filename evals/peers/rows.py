@@ -41,7 +41,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize: a command with {python} {here} {model} {out} {tokens} {bits} {group} to fill in.
+    """A way to quantize: a command with {python} {here} {model} {out} {tokens} {bits} {group} {bpw} to fill in.
 
     `environment` is the peer whose Python runs it; None is the Python of this process. `recipe` is the quantkit recipe it needs.
     """
@@ -75,6 +75,11 @@ class Case:
     def row(self) -> tuple[str, int, int]:
         return self.family.name, self.bits, self.group
 
+    @property
+    def bpw(self) -> float:
+        """Bits a weight of a symmetric grid with 16-bit scales, in rows of 256 columns where a channel has one scale."""
+        return self.bits + 16 / (256 if self.group == -1 else self.group)
+
 
 def read_table() -> dict[str, Any]:
     return tomllib.loads((HERE / "rows.toml").read_text())
@@ -106,7 +111,8 @@ def make_methods(given: list[str]) -> list[Method]:
     for name, row in table["quantkit"].items():
         command = QUANTKIT % (row["recipe"], row.pop("format", "compressed-tensors"))
         is_grouped = "integer" in row["families"]
-        methods.append(Method(f"quantkit-{name}", command + (" --group-size {group}" if is_grouped else ""), **row))
+        options = f" {row.pop('options', '')}".rstrip()
+        methods.append(Method(f"quantkit-{name}", command + (" --group-size {group}" if is_grouped else "") + options, **row))
     for text in given:
         name, _, command = text.partition("=")
         family, _, name = name.rpartition("/")

@@ -47,6 +47,7 @@ def convert(case: Case, folder: Path, tokens: Path, *, environments: Path, threa
     folder.mkdir(parents=True)
     python = find_python(environments, case.method.environment) if case.method.environment else Path(sys.executable)
     values = {"python": python, "model": case.target.model, "out": folder / "model", "tokens": tokens, "bits": case.bits, "group": case.group}
+    values["bpw"] = case.bpw
     command = shlex.split(case.method.command.format(**values, here=HERE))
     if shutil.which(command[0]) is None:
         raise SystemExit(f"{case.method.name}: no such program: {command[0]}")
