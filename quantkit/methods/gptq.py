@@ -39,7 +39,9 @@ class GPTQ:
         damp: share of the mean diagonal added to the Hessian; raised tenfold, up to 1, while the factorization fails.
         order: "group" visits groups, and columns in them, by falling importance and searches a group's scales when it is reached; "static"
             visits columns of all groups by importance with scales searched beforehand; "none" goes from left to right.
-        search: search each group's scale instead of spanning its largest weight.
+        search: search each group's scale instead of spanning its largest weight. A column's error is weighed by what it costs once the columns
+            behind it have made up for it, not by its input's mean square alone (llama.cpp's and others' importance matrix): KL of the reference
+            model over two draws 0.0100 against 0.0103 at 4 bits, 0.0457 against 0.0487 at 3 (one draw), in groups of 128; the same on stories3m.
         descent: passes of coordinate descent over codes and scales afterwards; 0 for plain GPTQ.
         block: columns whose updates are gathered before they reach the rest of the matrix.
         propagate: how much of what the layers before have lost is made up for, from 0 to 1 (methods/propagation.py); needs the original model's
