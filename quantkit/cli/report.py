@@ -150,8 +150,10 @@ def _collected(
     earlier, scores = [each for each in read if isinstance(each, Report)], [each for each in read if isinstance(each, ScoreReport)]
     sources = [each for each in inputs if not each.endswith(".json")]
     code = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
+    only: dict[str, tuple[str, ...]] = {}
     if expected is not None:
         baseline, sources = baseline or expected.source, make_checkpoints(expected, folder / "checkpoints", told=tell, **code)
+        only = {source: each.measured for source, each in zip(sources, expected.checkpoints, strict=True)}
     baselines = [*(each.baseline.source for each in earlier), *(each.baseline.source for each in scores if each.baseline is not None)]
     baseline = baseline or next(iter(baselines), None)
     if baseline is None:
@@ -160,8 +162,8 @@ def _collected(
     known = [*earlier, *([Report.read(own)] if own.is_file() and own not in files and expected is None and not settings.is_fresh else [])]
     with block_progress() as progress:
         return build_report(
-            sources, baseline, settings, command=command_line(), known=known, scores=scores, save=lambda found: found.write(own), told=tell,
-            progress=progress,
+            sources, baseline, settings, command=command_line(), known=known, scores=scores, only=only, save=lambda found: found.write(own),
+            told=tell, progress=progress,
         )  # fmt: skip
 
 

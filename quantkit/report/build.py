@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from quantkit.checkpoint.source import resolve
@@ -13,15 +13,16 @@ from quantkit.evaluation.results import ScoreReport
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.compare import Progress
 from quantkit.report.describe import describe
-from quantkit.report.measure import KINDS, MeasureOptions, answers_of, measure_speed, measure_tasks, measure_text, settings_key
-from quantkit.report.schema import CheckpointResult, Report, TaskResult
+from quantkit.report.measure import MeasureOptions, answers_of, measure_speed, measure_tasks, measure_text, settings_key
+from quantkit.report.schema import KINDS, CheckpointResult, Report, TaskResult
 
 Told = Callable[[str], None]
 
 
 def build_report(
     sources: Sequence[str], baseline: str, options: MeasureOptions, *, command: str, known: Sequence[Report] = (), scores: Sequence[ScoreReport] = (),
-    save: Callable[[Report], None] | None = None, told: Told | None = None, progress: Progress | None = None,
+    only: Mapping[str, Sequence[str]] | None = None, save: Callable[[Report], None] | None = None, told: Told | None = None,
+    progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Describe and measure checkpoints of one model.
 
@@ -30,6 +31,7 @@ def build_report(
         known: earlier reports beside the same baseline. Their checkpoints are taken over; a result is, where it is not asked for or was found by the
             same settings, the newest where there are several.
         scores: results of `quantkit eval --tasks` against the same baseline: their models are reported on too, with these answers.
+        only: the kinds to measure of some of the sources; of others all that is asked for.
         save: called with the report at first and after every measurement, so that nothing is lost where the next one fails.
         told: what is done next, in words.
 
@@ -68,7 +70,7 @@ def build_report(
     for name in [each.name for each in found.values() if each.source in sources]:
         source = found[name].source
         for kind in options.kinds:
-            if getattr(found[name], kind) is not None:
+            if getattr(found[name], kind) is not None or kind not in (only or {}).get(source, KINDS):
                 continue
             if told is not None:
                 told(f"{name}: {kind}")

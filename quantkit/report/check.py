@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from quantkit.evaluation.document import Document, Part
 from quantkit.evaluation.results import TaskScore
 from quantkit.ops import Mode
-from quantkit.report.schema import CheckpointResult, Provenance, Report
+from quantkit.report.schema import KINDS, CheckpointResult, Kind, Provenance, Report
 
 Verdict = Literal["same", "better", "within limit", "within noise", "worse", "missing"]
 _SIGMAS = 2
@@ -46,6 +46,7 @@ class ExpectedCheckpoint(Part):
     format: str
     num_samples: int = Field(default=32, ge=1, description="calibration rows, where the recipe takes any")
     seq_len: int = Field(default=512, ge=2)
+    measured: tuple[Kind, ...] = Field(default=KINDS, description="beside its bytes")
     file_bytes: int | None = None
     kl: Kept | None = None
     recovery: dict[str, float] = Field(default_factory=dict, description="by task and metric")

@@ -22,10 +22,8 @@ from quantkit.models.compare import Progress
 from quantkit.models.device import find_device
 from quantkit.ops import Mode
 from quantkit.report.describe import bytes_per_token
-from quantkit.report.schema import LoadPoint, Provenance, SpeedResult, TaskResult, TextResult
+from quantkit.report.schema import KINDS, LoadPoint, Provenance, SpeedResult, TaskResult, TextResult
 from quantkit.runtime.llm import LLM
-
-KINDS = ("text", "tasks", "speed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -10,6 +10,10 @@ from quantkit.core.divergence import DivergenceResult
 from quantkit.evaluation.continuations import ContinuationResult
 from quantkit.evaluation.document import Document, Part
 from quantkit.evaluation.results import Machine, Settings, TaskScore, Versions
+
+Kind = Literal["text", "tasks", "speed"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What is measured of a checkpoint: what it says of a text, its answers, its speed."""
 
 
 class Provenance(Part):

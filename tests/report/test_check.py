@@ -17,6 +17,7 @@ from quantkit.errors import UsageError
 from quantkit.evaluation import results
 from quantkit.evaluation.results import Comparison, Score, Settings, TaskScore
 from quantkit.evaluation.significance import compare_scores
+from quantkit.formats.registry import CONTAINERS
 from quantkit.paths import packaged
 from quantkit.report import words
 from quantkit.report.charts import _front
@@ -204,8 +205,10 @@ def test_the_committed_file_is_whole() -> None:
     file = CheckFile.read(packaged("evals") / "baselines" / "reference.json")
 
     assert file.made is not None
-    assert {each.format for each in file.checkpoints} == {"compressed-tensors", "gptq"}
-    assert all(each.file_bytes and each.kl and each.recovery and each.speed for each in file.checkpoints)
+    assert {each.format for each in file.checkpoints} == set(CONTAINERS)
+    for each in file.checkpoints:
+        assert each.file_bytes and each.kl and "text" in each.measured
+        assert bool(each.recovery) == ("tasks" in each.measured) and bool(each.speed) == ("speed" in each.measured)
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:

@@ -222,6 +222,21 @@ def test_a_check_fails_where_a_figure_is_worse(suite: Path, tmp_path: Path, caps
     assert "failure" in (tmp_path / "out" / "report.xml").read_text()
 
 
+def test_a_check_measures_of_each_checkpoint_what_its_file_says(suite: Path, tmp_path: Path) -> None:
+    file = tmp_path / "check.json"
+    one = {"name": "rtn", "recipe": "w4a16-rtn", "format": "gptq", "measured": ["text"]}
+    content = {"kind": "quantkit-check", "schema_version": 1, "source": "reference", "suite": str(suite), "checkpoints": [one]}
+    file.write_text(json.dumps(content | {"max_tokens": 600, "seq_len": 64}))
+
+    with pytest.raises(SystemExit):
+        main(["report", "--check", str(file), "-o", str(tmp_path / "out"), "--update"])
+
+    (found,) = Report.read(tmp_path / "out" / "report.json").checkpoints
+    (kept,) = json.loads(file.read_text())["checkpoints"]
+    assert found.text is not None and found.tasks is None and found.speed is None
+    assert kept["kl"] and kept["measured"] == ["text"] and not kept["recovery"] and not kept["speed"]
+
+
 def test_scores_of_an_evaluation_are_taken_in(checkpoints: list[Path], suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = tmp_path / "scores.json"
     evaluation = ("eval", str(checkpoints[0]), "--baseline", "reference", "--suite", str(suite), "--output", str(scores), "--threads", "1")
