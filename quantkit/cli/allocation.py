@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
+from quantkit.cli.plan_json import model_dtype
 from quantkit.cli.tables import plain_table
+from quantkit.conversion.candidates import known_before
 from quantkit.conversion.prepare import Prepared
 
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -23,12 +26,25 @@ def show_allocation(results: Console, prepared: Prepared) -> None:
     over = "over the file" if allocation.problem.budget.kind == "file" else "in quantized layers"
     results.print(f"allocation to {allocation.problem.budget}; the candidates reach from {low:.3f} to {high:.3f} bits a weight {over}")
     if allocation.solution is None or allocation.measurement is None:
+        results.print(_candidates(known_before(allocation.problem, prepared.plan, model_dtype(prepared))))
         return
     table = plain_table("layers", "scheme", "blocks")
     for kind, scheme, blocks in _by_kind(allocation.solution.units):
         table.add_row(kind, scheme, blocks)
     results.print(table)
     results.print(f"KL divergence predicted: {allocation.solution.predicted:.3g} nats a token, from {allocation.measurement.calibration}")
+
+
+def _candidates(known: dict[str, Any]) -> Table:
+    table = plain_table("candidate", "units", "would load in")
+    for each in known["candidates"]:
+        table.add_row(each["scheme"], f"{each['units']:,}", _loaders(each["engines"]))
+    table.add_row("side by side", "", _loaders(known["mixture"]["engines"]))
+    return table
+
+
+def _loaders(engines: list[dict[str, Any]]) -> str:
+    return ", ".join(each["engine"] for each in engines if each["loads"])
 
 
 def allocation_line(allocation: dict[str, Any]) -> str:

@@ -82,19 +82,17 @@ def convert(source: str, out: str, dry_run: bool, as_json: bool, **options: Any)
     """
     from pathlib import Path
 
-    from quantkit.cli.progress import ConvertProgress, console, planned_checkpoint, show_plan, show_report
+    from quantkit.cli.plan_json import plan_in_json
+    from quantkit.cli.progress import ConvertProgress, console, show_plan, show_report
     from quantkit.conversion.convert import run
     from quantkit.conversion.prepare import check_output, plan_conversion
-    from quantkit.formats.engines import verdicts
 
     settings = _settings(options)
     check_output(source, Path(out), settings)
     with console.status("reading headers"):
         prepared = plan_conversion(source, settings)
     if dry_run and as_json:
-        recipe = prepared.recipe.name if prepared.recipe else None
-        engines = [verdict.to_dict() for verdict in verdicts(planned_checkpoint(prepared))]
-        click.echo(json.dumps({"source": prepared.origin.given, "recipe": recipe, "engines": engines} | prepared.plan.to_dict(), indent=1))
+        click.echo(json.dumps(plan_in_json(prepared), indent=1))
         return
     if dry_run:
         show_plan(prepared)

@@ -15,11 +15,10 @@ from rich.table import Table
 
 from quantkit.checkpoint.weight_files import some
 from quantkit.cli.allocation import allocation_line, show_allocation
+from quantkit.cli.plan_json import planned_checkpoint
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.report import ConversionReport, LayerResult, bits_in_words, figure
-from quantkit.conversion.targets import stored_by
-from quantkit.formats.engine_rules import Stored
 from quantkit.formats.engines import Verdict, verdicts
 from quantkit.formats.kv_scales import KV_CACHES, in_words
 from quantkit.formats.summary import summarize
@@ -90,15 +89,11 @@ def show_plan(prepared: Prepared) -> None:
     if prepared.needs_measurement:
         results.print("a measurement is needed before schemes can be chosen; layers and size above are a stand-in for the choice")
     calibrated = f"would be calibrated on up to {data.num_samples} rows of {data.source or 'the built-in mix'}"
-    results.print(calibrated if plan.needs_calibration else "needs no calibration data; the model is never built")
+    results.print(calibrated if plan.needs_calibration or prepared.needs_measurement else "needs no calibration data; the model is never built")
     for note in plan.notes:
         results.print(f"note: {note}")
     if not prepared.needs_measurement:
         _show_engines(results, verdicts(planned_checkpoint(prepared)), "would load")
-
-
-def planned_checkpoint(prepared: Prepared) -> Stored:
-    return stored_by(prepared.plan, prepared.options.carried_dtype or prepared.source.dtype)
 
 
 def _by(recipe: str | None) -> str:

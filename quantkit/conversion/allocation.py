@@ -85,6 +85,7 @@ class Problem:
         raise (UsageError if is_users else RecipeError)(
             f"{self.budget} is {where} what these candidates come to, {low:.3f} to {high:.3f} bits a weight{self._of_what}; "
             f"the nearest that works is {self._prefix}{low if amount < low else high:.3f}, and other candidates reach further"
+            + "".join(f"; {why}" for why in self.dropped)
         )
 
     @property

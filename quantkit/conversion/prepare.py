@@ -14,11 +14,12 @@ from quantkit.checkpoint.source import Source, resolve
 from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.allocation import Allocation, Problem, state_problem
 from quantkit.conversion.allocation_file import Measurement, allocation_path
+from quantkit.conversion.candidates import loadable, require_mixture
 from quantkit.conversion.moving import plan_moves, plan_plain
 from quantkit.conversion.options import DEFAULT_RECIPE, ConvertOptions
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
-from quantkit.conversion.targets import require_candidates, require_loadable
+from quantkit.conversion.targets import require_loadable
 from quantkit.conversion.tuning import tuning_of
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
@@ -81,12 +82,11 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     prepared = Prepared(origin, opened, architecture, recipe, _plan(opened, architecture, recipe, options), options, device)
     if recipe.allocate is not None:
         prepared = _with_problem(prepared)
+        if prepared.needs_measurement:
+            return prepared
+    else:
+        _targeted(prepared)
     plan = prepared.plan
-    if prepared.allocation is not None:
-        require_candidates(prepared.allocation.problem, plan, options, opened.dtype)
-    _targeted(prepared)
-    if prepared.needs_measurement:
-        return prepared
     if options.calibration.source is not None and not plan.needs_calibration:
         plan.notes.append(f"recipe {recipe.name} needs no calibration, so {options.calibration.source} is not read")
     return prepared
@@ -108,10 +108,12 @@ def _targeted(prepared: Prepared) -> Prepared:
 
 
 def _with_problem(prepared: Prepared) -> Prepared:
-    """What there is to choose; chosen already where the user gave a measurement."""
+    """What there is to choose; chosen already where the user gave a measurement. Refuses what the engines it is meant for would not load."""
     assert prepared.recipe is not None and prepared.recipe.allocate is not None
     options, budget = prepared.options, prepared.recipe.allocate.budget
-    problem = state_problem(prepared.plan, prepared.recipe, options.container, options.carried_dtype or prepared.source.dtype)
+    model_dtype = options.carried_dtype or prepared.source.dtype
+    problem = state_problem(prepared.plan, prepared.recipe, options.container, model_dtype)
+    problem = loadable(problem, prepared.plan, options, model_dtype)
     problem.require_possible(is_users=options.budget is not None)
     if budget.kind == "kl" and not (prepared.plan.needs_calibration and options.measure):
         why = f"recipe {prepared.recipe.name} measures nothing; take a calibrated one, such as w4a16-gptq"
@@ -124,7 +126,10 @@ def _with_problem(prepared: Prepared) -> Prepared:
         return allocated(prepared, measurement)
     solution = problem.solve(problem.guess()) if budget.kind != "kl" else problem.solve_bits(problem.guess(), 1.0, inf)
     assert solution is not None
-    return replace(prepared, plan=_plan(prepared.source, prepared.architecture, prepared.recipe, options, solution.layers))
+    plan = _plan(prepared.source, prepared.architecture, prepared.recipe, options, solution.layers)
+    plan.notes += problem.dropped
+    require_mixture(problem, plan, options, model_dtype)
+    return replace(prepared, plan=plan)
 
 
 def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-from quantkit.conversion.allocation import Problem
 from quantkit.conversion.layer_plan import holds
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.plan import Plan
@@ -29,6 +28,12 @@ def stored_by(plan: Plan, model_dtype: torch.dtype) -> Stored:
     return _stored(plan.format, {name: layer.scheme for name, layer in plan.layers.items()}, plan, model_dtype, plan.config)
 
 
+def stored_as(plan: Plan, schemes: dict[str, Scheme], model_dtype: torch.dtype) -> Stored:
+    """The same with these layers alone, of these schemes, in the plan's container."""
+    fmt = get_format(plan.format.name.removesuffix("-v2"), schemes.values(), model_dtype)
+    return _stored(fmt, schemes, plan, model_dtype, fmt.config(schemes, plan.ignored))
+
+
 def require_loadable(plan: Plan, options: ConvertOptions, model_dtype: torch.dtype) -> None:
     """Notes where it is not known whether an engine loads the output.
 
@@ -41,29 +46,14 @@ def require_loadable(plan: Plan, options: ConvertOptions, model_dtype: torch.dty
         found = verdict(engine, stored_by(plan, model_dtype))
         if found.loads is False:
             raise FormatError(_refusal(engine, found, plan, model_dtype))
-        if found.loads is None:
-            plan.notes.append(f"whether {engine.name} {engine.version} loads this is not known")
-        elif found.reason:
-            plan.notes.append(f"for {engine.name} {engine.version}: {found.reason}")
+        plan.notes += notes_on(found)
 
 
-def require_candidates(problem: Problem, plan: Plan, options: ConvertOptions, model_dtype: torch.dtype) -> None:
-    """Every scheme that an allocation may choose is one that the engines load; known before anything is measured.
-
-    Raises:
-        FormatError: it is not; the message names the candidate.
-    """
-    model_dtype = options.carried_dtype or model_dtype
-    for candidate in dict.fromkeys(name for unit in problem.units for name in unit.options):
-        options_of = [unit.options[candidate] for unit in problem.units if candidate in unit.options]
-        schemes = {name: layer.scheme for option in options_of for name, layer in option.layers.items()}
-        fmt = get_format(options.container, schemes.values(), model_dtype)
-        stored = _stored(fmt, schemes, plan, model_dtype, fmt.config(schemes, plan.ignored))
-        for engine in map(find_engine, options.target_engines):
-            found = verdict(engine, stored)
-            if found.loads is False:
-                way = "name candidates that it loads in the recipe (allocate: candidates), or another --format"
-                raise FormatError(f"{engine.name} {engine.version} would not load the candidate {candidate} in {fmt.name}: {found.reason}; {way}")
+def notes_on(found: Verdict) -> list[str]:
+    """What a verdict that is no refusal has to say."""
+    if found.loads is None:
+        return [f"whether {found.engine} {found.version} loads this is not known"]
+    return [f"for {found.engine} {found.version}: {found.reason}"] if found.reason else []
 
 
 def _refusal(engine: Engine, found: Verdict, plan: Plan, model_dtype: torch.dtype) -> str:

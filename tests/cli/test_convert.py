@@ -229,6 +229,26 @@ def test_a_dry_run_tells_programs_which_engines_would_load_the_output(tiny: Path
     assert engines["vLLM"] is True and engines["SGLang"] is False
 
 
+def test_a_dry_run_with_a_budget_tells_programs_what_is_not_known_yet(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
+    convert(tiny, "-o", tmp_path / "out", "--target-bpw", "5", "--override", "o_proj=w8a16", "--dry-run", "--json")
+    plan = json.loads(capsys.readouterr().out)
+
+    assert [plan[name] for name in ("engines", "bytes_after", "linear_bpw", "file_bpw")] == [None] * 4 and plan["needs_calibration"]
+    schemes = {name: layer["scheme"] for name, layer in plan["layers"].items()}
+    assert {scheme for name, scheme in schemes.items() if "o_proj" in name} == {"w8a16-g64"}
+    assert {scheme for name, scheme in schemes.items() if "o_proj" not in name} == {None}
+    assert plan["layers"]["model.layers.0.mlp.up_proj"]["candidates"] == [f"w{bits}a16-g64" for bits in (2, 3, 4, 5, 6, 8)]
+    sglang = {each["scheme"]: _loads(each["engines"], "SGLang") for each in plan["allocation"]["candidates"]}
+    assert sglang == {"w2a16": False, "w3a16": False, "w4a16": True, "w5a16": False, "w6a16": False, "w8a16": True}
+    mixture = plan["allocation"]["mixture"]["engines"]
+    assert _loads(mixture, "vLLM") and not _loads(mixture, "SGLang") and not _loads(mixture, "llama.cpp")
+    assert plan["allocation"]["budget"] == "target-bpw 5" and plan["allocation"]["range"][0] < 3 < 8 < plan["allocation"]["range"][1]
+
+
+def _loads(engines: list[dict], name: str) -> bool:
+    return next(each["loads"] for each in engines if each["engine"] == name)
+
+
 def test_what_a_target_engine_would_not_load_is_refused_in_one_message(tiny: Path, tmp_path: Path, capsys: Captured) -> None:
     convert(tiny, "-o", tmp_path / "out", "-r", "w3a16-gptq", "--target-engine", "sglang", code=1)
 
@@ -325,7 +345,8 @@ def test_an_allocation_is_planned_told_and_planned_again_for_another_budget(
     convert(tiny, "-o", tmp_path / "other", "--dry-run", "--max-kl", "1", "--allocation", tmp_path / "out")
     after = capsys.readouterr().out
 
-    assert "a measurement is needed" in before and "the candidates reach from" in before
+    assert "a measurement is needed" in before and "the candidates reach from" in before and "side by side" in before
+    assert "would be calibrated" in before
     assert "target-bpw 4.5; KL predicted" in made and ", measured" in made
     assert "a measurement is needed" not in after and "self_attn.qkv_proj" in after and "KL divergence predicted" in after
     assert not (tmp_path / "other").exists()

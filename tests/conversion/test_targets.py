@@ -40,7 +40,6 @@ REFUSED = {
     "activations": ({"recipe": "w4a8"}, "sglang", "outside experts; nearest that it loads: w4a16"),
     "two schemes": ({"recipe": "w4a16-rtn", "overrides": ("v_proj=w8a16",)}, "vllm", "joins layers that have unlike schemes here: .*q_proj is w4a16"),
     "awq": ({"recipe": "w4a16-asym-gptq", "format": "awq"}, "llama.cpp", "reads no AWQ; nearest that it loads: the same layers with --format"),
-    "candidates": ({"recipe": "w4a16-gptq", "target_bpw": 4.25}, "sglang", "would not load the candidate w2a16 in compressed-tensors: reads 4 and 8"),
 }  # fmt: skip
 
 
