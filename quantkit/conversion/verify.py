@@ -5,6 +5,7 @@ Every check is made even where an earlier one failed, as long as it can be; a ch
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify_structure import config_problems, missing_parameters
 from quantkit.conversion.verify_values import examine_layers, unlike_tensors
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageError
-from quantkit.formats.kv_scales import in_words, is_kv_scale, kv_scale_names, kv_scale_problems, kv_scheme, why_not
+from quantkit.formats.kv_scales import HOLDS_KV_SCALES, in_words, is_kv_scale, kv_scale_names, kv_scale_problems, kv_scheme, why_not
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.stored_layers import wrong_parts
 from quantkit.formats.streamed import FileOrder, streamed, transposed_layers
@@ -39,7 +40,8 @@ _VALUE_CHECKS = {
     "zero points": "in range",
     "groups": "in order",
 }
-_OWN_FILES = ("README.md", "recipe.yaml", "quantkit_report.json", "quant_log.csv")
+REPORT_FILE = "quantkit_report.json"
+_OWN_FILES = ("README.md", "recipe.yaml", REPORT_FILE, "quant_log.csv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,8 @@ def _error_words(errors: dict[str, float]) -> str:
 def _check_against(
     opened: OpenedCheckpoint, source: OpenedCheckpoint, architecture: Architecture | None, folded: set[str], result: Verification
 ) -> None:
-    own = {name for name in source.names if is_kv_scale(name)}  # of another quantization's cache; the output's are calibrated anew, or there are none
+    moved = _moved_kv_scales(opened, source)
+    own = {name for name in source.names if is_kv_scale(name)} - moved  # of another quantization's cache; the output's are calibrated anew, or none
     absent = [f"{name} of the original is missing" for name in source.names if name not in opened and name not in own]
     words = f"all {len(source.names) - len(own)} are there, as they were or {'quantized' if opened.format else 'decoded'}"
     result.add("original's tensors", absent, words)
@@ -192,12 +195,24 @@ def _check_against(
     if unlike and all("norm" in problem.split()[0] for problem in unlike):
         unlike.insert(0, "only norms differ, as after AWQ or SmoothQuant, which fold scales into them; layer errors then say nothing, and KL does")
     words = f"{num_equal} equal the original's bit for bit" + (", the blocks' own are not compared" if folded else "")
+    words += f", the {len(moved)} scales of its KV cache too" if moved else ""
     result.add("unquantized tensors", unlike, words)
     files = [path for path in side_files(source.reader.folder, exclude=_OWN_FILES) if not (opened.reader.folder / path).is_file()]
     behind = left_behind(source.reader.folder, weights=source.reader.files, exclude=_OWN_FILES)
     absent = [path.as_posix() for path in behind if not (opened.reader.folder / path).is_file()]
     words = "all of the original's are there" + (f", but for other weights and pickles: {some(absent, 3)}" if absent else "")
     result.add("side files", [f"{path} of the original is missing" for path in files], words)
+
+
+def _moved_kv_scales(opened: OpenedCheckpoint, source: OpenedCheckpoint) -> set[str]:
+    """The scales of the original's KV cache that came along with its codes: all, where a container that holds them was written without a recipe."""
+    try:
+        report = json.loads((opened.reader.folder / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    is_move = isinstance(report, dict) and report.get("recipe", "") is None
+    holds = opened.format is not None and opened.format.name in HOLDS_KV_SCALES
+    return {name for name in source.names if is_kv_scale(name)} if is_move and holds else set()
 
 
 def _check_tokenizer(folder: Path, source: OpenedCheckpoint | None, result: Verification, options: VerifyOptions) -> None:

@@ -14,6 +14,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from transformers import AutoModelForCausalLM
 
 from evals.peers.decode import decode_folder
+from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.prepare import plan_conversion
@@ -196,6 +197,40 @@ def test_scales_of_the_kv_cache_go_where_they_have_a_place(tmp_path: Path) -> No
     assert opened.reader.quantization_config["kv_cache_scheme"] == KV_SCHEME
     assert all(torch.equal(opened.get(name), value) for name, value in KV_SCALES.items())
     assert not report.notes
+
+
+DAMAGED = {
+    "a bit": (
+        lambda tensors: tensors["model.layers.1.self_attn.k_scale"].view(torch.int32).add_(1), "unquantized tensors", "differs from the original",
+    ),
+    "a shape": (lambda tensors: tensors.update({"model.layers.0.self_attn.v_scale": torch.ones(2)}), "unquantized tensors", "v_scale is [2]"),
+    "one layer's": (lambda tensors: tensors.pop("model.layers.1.self_attn.v_scale"), "original's tensors", "v_scale of the original is"),
+    "all": (lambda tensors: [tensors.pop(name) for name in KV_SCALES], "original's tensors", "k_scale of the original is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_scale_of_the_kv_cache_is_found_by_comparing_bits(damage: str, tmp_path: Path) -> None:
+    edit, check, words = DAMAGED[damage]
+    source, quick = str(with_kv_scales(tmp_path)), VerifyOptions(num_tokens=0)
+    convert(source, tmp_path / "out", options("compressed-tensors"))
+    whole = verify(tmp_path / "out", against=source, options=quick)
+    edit_tensors(tmp_path / "out", edit)
+
+    damaged = verify(tmp_path / "out", against=source, options=quick)
+
+    assert whole.ok and any("the 4 scales of its KV cache too" in each.detail for each in whole.checks)
+    assert words in next(each.detail for each in damaged.checks if each.name == check and not each.ok)
+
+
+def test_scales_of_the_kv_cache_that_were_calibrated_anew_are_not_compared(tmp_path: Path, tokens: Path) -> None:
+    source = with_kv_scales(tmp_path)
+    rows = CalibrationOptions(source=str(tokens), num_samples=4)
+
+    convert(str(source), tmp_path / "out", ConvertOptions(recipe="w4a16-rtn", requantize=True, kv_cache="fp8", calibration=rows, measure=False))
+
+    assert not torch.equal(OpenedCheckpoint(tmp_path / "out").get(next(iter(KV_SCALES))), next(iter(KV_SCALES.values())))
+    assert verify(tmp_path / "out", against=str(source), options=VerifyOptions(num_tokens=0)).ok
 
 
 @pytest.mark.parametrize("container", ["gptq", "bf16"])
