@@ -30,6 +30,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     at_load: str | None = None
     mode: str = "fast"
+    container: str = "compressed-tensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ CASES = (
     Case("8 bits at load", "w4a16-rtn", INT8, at_load="int8"),
     Case("4 bits at load", "w4a16-rtn", at_load="w4"),
     Case("FP8 at load", "fp8-dynamic", at_load="fp8"),
-    Case("NF4 at load", "nf4", at_load="nf4"),
+    Case("NF4 at load", "nf4", at_load="nf4", container="bitsandbytes"),
 )
 
 
@@ -106,5 +107,5 @@ def _of_llama_cpp(peer: LlamaCpp, source: Path, folder: Path) -> Iterator[PeerRe
 def _convert(source: Path, out: Path, case: Case) -> Path:
     assert case.recipe is not None
     overrides = [word for override in case.overrides for word in ("--override", override)]
-    run([sys.executable, "-m", "quantkit", "convert", str(source), "-o", str(out), "-r", case.recipe, *overrides])
+    run([sys.executable, "-m", "quantkit", "convert", str(source), "-o", str(out), "-r", case.recipe, "-f", case.container, *overrides])
     return out
