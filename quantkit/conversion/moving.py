@@ -25,6 +25,8 @@ from quantkit.methods.registry import get_rounding
 from quantkit.models.architecture import Architecture, Linear
 
 _NOT_QUANTIZED = "not quantized in the source"
+_HELD_OUTSIDE = {"gptq": ("lm_head",), "gptq-v2": ("lm_head",)}
+"""Layers outside the blocks that a container's configuration can say to be quantized; compressed-tensors names any layer."""
 _ELSEWHERE = "take compressed-tensors, or bf16 for ordinary weights"
 
 
@@ -35,6 +37,8 @@ class _Move:
     fmt: Format
     schemes: dict[str, Scheme]
     obstacles: dict[str, str]
+    misplaced: set[str]
+    """Of those with an obstacle, layers that the container takes in no scheme."""
 
 
 def plan_plain(source: OpenedCheckpoint, architecture: Architecture, options: ConvertOptions) -> Plan:
@@ -97,9 +101,11 @@ def _linears(source: OpenedCheckpoint, architecture: Architecture) -> dict[str, 
 def _into(container: str, source: OpenedCheckpoint, architecture: Architecture, linears: dict[str, Linear]) -> _Move:
     fmt = get_format(container, source.schemes.values(), source.dtype)
     inside = {linear.name for block in architecture.blocks for linear in block.linears}
-    schemes, obstacles = {}, {}
+    schemes, obstacles, misplaced = {}, {}, set()
     for name, linear in linears.items():
-        why = _misplaced(fmt, linear, inside) or obstacle(source, name, fmt, linear.shape)
+        why = _misplaced(fmt, linear, inside)
+        misplaced |= {name} if why is not None else set()
+        why = why or obstacle(source, name, fmt, linear.shape)
         if why is not None:
             obstacles[name] = why.partition("; use ")[0]  # what holds it is looked for below, and told
         elif (scheme := scheme_in(fmt, source.schemes[name], linear.shape)) is not None:
@@ -109,14 +115,14 @@ def _into(container: str, source: OpenedCheckpoint, architecture: Architecture, 
         others = {name: scheme for name, scheme in schemes.items() if scheme != main}
         obstacles |= {name: f"{fmt.name} holds one scheme a model, and most layers are {main.name}" for name in others}
         schemes = {name: scheme for name, scheme in schemes.items() if scheme == main}
-    return _Move(fmt, schemes, obstacles)
+    return _Move(fmt, schemes, obstacles, misplaced)
 
 
 def _misplaced(fmt: Format, linear: Linear, inside: set[str]) -> str | None:
     if linear.is_transposed and not fmt.holds_conv1d:
         return f"a Conv1D, which loaders of {fmt.name} do not take"
-    if linear.name not in inside and fmt.name != "compressed-tensors":
-        return f"outside the decoder blocks, where loaders of {fmt.name} take no quantized layer"
+    if linear.name not in inside and linear.name not in _HELD_OUTSIDE.get(fmt.name, ()) and fmt.name != "compressed-tensors":
+        return f"outside the decoder blocks, where loaders of {fmt.name} take no quantized layer{' but lm_head' if fmt.name in _HELD_OUTSIDE else ''}"
     return None
 
 
@@ -131,7 +137,7 @@ def _layers(move: _Move, source: OpenedCheckpoint, linears: dict[str, Linear]) -
             continue
         scheme = main or nearest_scheme(move.fmt, source.schemes[name], linear.shape)
         why = move.fmt.why_not(scheme, linear.shape) if scheme is not None else f"{move.fmt.name} has no scheme for it"
-        if scheme is None or why is not None or (linear.is_transposed and not move.fmt.holds_conv1d):
+        if scheme is None or why is not None or name in move.misplaced:
             raise FormatError(f"{move.fmt.name} cannot hold {name}, not even quantized again: {why or move.obstacles[name]}; {_ELSEWHERE}")
         if main is None and not move.fmt.holds_mixed:
             main = scheme
@@ -147,7 +153,9 @@ def _refusal(name: str, move: _Move, source: OpenedCheckpoint, architecture: Arc
     more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
     holding = [each for each in CONTAINERS if not _into(each, source, architecture, linears).obstacles]
     elsewhere = f"Every layer goes as it is into {' or '.join(holding)}" if holding else "No container holds every layer as it is"
-    again = {scheme.name for layer in move.obstacles if (scheme := nearest_scheme(move.fmt, source.schemes[layer], linears[layer].shape))}
-    requantize = f"--requantize quantizes them again, to {' and '.join(sorted(again))}" if again else "bf16 takes them as ordinary weights"
+    movable = move.obstacles.keys() - move.misplaced
+    again = {scheme.name for layer in movable if (scheme := nearest_scheme(move.fmt, source.schemes[layer], linears[layer].shape))}
+    requantize = f"--requantize quantizes them again, to {' and '.join(sorted(again))}"
+    requantize = requantize if again and not move.misplaced else "bf16 takes them as ordinary weights"
     of = f"{len(move.obstacles)} of {len(linears)} layers of {name}"
     return f"{move.fmt.name} cannot hold {of} without loss: {told}{more}. {elsewhere}; {requantize}"

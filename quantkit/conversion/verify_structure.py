@@ -70,6 +70,8 @@ def _gptq_problems(config: Mapping[str, Any], opened: OpenedCheckpoint, architec
         unlike = [key for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic") if own.get(key) != config.get(key)]
         if unlike:
             yield f"quantize_config.json and config.json differ in {', '.join(unlike)}"
+    if bool(config.get("lm_head")) != ("lm_head" in opened.schemes):
+        yield f"lm_head is {'' if 'lm_head' in opened.schemes else 'not '}quantized, and lm_head in the config says otherwise"
     linears = _linear_names(architecture)
     dynamic = config.get("dynamic") or {}
     skipped = NamePatterns({entry: entry[2:] for entry in dynamic if entry.startswith("-:")})

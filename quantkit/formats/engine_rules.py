@@ -162,6 +162,11 @@ def uniform_fusion(stored: Stored) -> str | None:
     return None
 
 
+def plain_head(stored: Stored) -> str | None:
+    head = next((layer for layer in stored.layers if layer.name in ("lm_head", "embed_out")), None)
+    return f"reads the head's weight as it is, and here {head.name} is {head.scheme.name}" if head is not None else None
+
+
 def damping_in_range(stored: Stored) -> str | None:
     damping = stored.config.get("damp_percent", 0.1)
     return None if isinstance(damping, int | float) and 0 < damping < 1 else f"wants damp_percent between 0 and 1 in the config; it is {damping}"

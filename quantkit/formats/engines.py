@@ -114,7 +114,7 @@ ENGINES = (
         "5.23",
         {
             "plain": (),
-            "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.damping_in_range, r.one_scheme),
+            "gptq": (r.only_bits(2, 3, 4, 8), r.multiples(32, 32), r.damping_in_range, r.plain_head, r.one_scheme),
             "ct-packed": (r.dense_packing, r.asymmetric_packed),
             "ct-afp8": (r.dense_packing, r.asymmetric_packed),
             **dict.fromkeys(("ct-int8", "ct-a8", "ct-fp8", "ct-fp4", "ct-kv-cache", "awq", "bitsandbytes", "gguf"), ()),
@@ -137,9 +137,9 @@ ENGINES = (
         "3 (in maintenance)",
         {
             "plain": (),
-            "gptq": (r.only_bits(2, 3, 4, 8),),
-            **dict.fromkeys(("ct-packed", "ct-afp8"), (r.one_layout, r.only_bits(4, 8))),
-            **dict.fromkeys(("ct-int8", "ct-fp8"), (r.one_layout,)),
+            "gptq": (r.only_bits(2, 3, 4, 8), r.plain_head),
+            **dict.fromkeys(("ct-packed", "ct-afp8"), (r.one_layout, r.only_bits(4, 8), r.plain_head)),
+            **dict.fromkeys(("ct-int8", "ct-fp8"), (r.one_layout, r.plain_head)),
             **dict.fromkeys(("awq", "fp8", "bitsandbytes"), ()),
             **dict.fromkeys(("ct-a8", "ct-fp4"), "of compressed-tensors it reads packed integers, W8A8 with a scale a row, and FP8"),
             "gguf": "only its llama.cpp backend reads it",

@@ -109,8 +109,9 @@ class GPTQ:
                 dynamic[f"+:^{re.escape(name)}$"] = _spec_config(scheme)
         label = "gptq" if self.zero_offset else "gptq_v2"
         config = {
-            "quant_method": "gptq", **_spec_config(main), "desc_act": False, "static_groups": False, "true_sequential": False, "lm_head": False,
-            "checkpoint_format": label, "format": label, "pack_dtype": "int32", "meta": {"quantizer": [f"quantkit:{__version__}"]},
+            "quant_method": "gptq", **_spec_config(main), "desc_act": False, "static_groups": False, "true_sequential": False,
+            "lm_head": "lm_head" in layers, "checkpoint_format": label, "format": label, "pack_dtype": "int32",
+            "meta": {"quantizer": [f"quantkit:{__version__}"]},
             "damp_percent": 0.01,  # says nothing of how the codes were made: transformers refuses a config without a value between 0 and 1
         }  # fmt: skip
         return config | ({"dynamic": dynamic} if dynamic else {})
