@@ -127,8 +127,10 @@ def multiples(columns: int, rows: int) -> Rule:
 
 
 def in_blocks(stored: Stored) -> str | None:
+    """By loading such checkpoints with transformers 5.24: the codes themselves become the weights."""
     whole = [layer.name for layer in stored.layers if layer.scheme.weight and layer.scheme.weight.group is None]
-    return f"looks for a scale a block, finds none and invents them, so that it talks nonsense; {_some(whole)} one scale a tensor" if whole else None
+    why = "looks for a scale a block, leaves out what is called weight_scale or input_scale, and talks nonsense"
+    return f"{why}; {_some(whole)} one scale a tensor, which it reads from compressed-tensors" if whole else None
 
 
 def no_act_order(stored: Stored) -> str | None:

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrai
 
 from quantkit import ops
 from quantkit.checkpoint.source import resolve
+from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.summary import summarize
 from quantkit.runtime.loader import load
 from tests.runtime.conftest import dequantized_model
 
@@ -26,12 +28,15 @@ REFERENCE = resolve("reference").folder
 IDS = torch.arange(5, 69).view(2, 32) * 13 % 4000
 INTEGERS = ["w2a16-g64", "w3a16", "w4a16", "w5a16", "w6a16", "w8a16", "w8a16-channel"]
 ASYMMETRIC = ["w4a16-asym", "w8a16-asym"]
-WITH_ACTIVATIONS = ["w8a8-int8", "w4a8", "w4afp8", "fp8-dynamic", "fp8-tensor", "fp8-block"]
+WITH_ACTIVATIONS = ["w8a8-int8", "w4a8", "w4afp8", "fp8-dynamic", "fp8-tensor", "fp8-static", "fp8-block"]
 FLOATS = ["nvfp4", "mxfp4", "mxfp8", "fp8-a16"]
 
 
 def written(folder: Path, scheme: str, container: str) -> Path:
-    convert(str(REFERENCE), folder, ConvertOptions(recipe="w4a16-rtn", format=container, overrides=(f".*={scheme}",), measure=False))
+    """The reference model in one scheme; calibrated on a few rows where that has scales of inputs."""
+    rows = CalibrationOptions(num_samples=8, seq_len=128)
+    settings = {"recipe": "w4a16-rtn", "format": container, "overrides": (f".*={scheme}",), "calibration": rows}
+    convert(str(REFERENCE), folder, ConvertOptions(measure=False, **settings))
     return folder
 
 
@@ -99,13 +104,20 @@ def test_transformers_dequantizes_fp8_in_blocks(tmp_path: Path) -> None:
     require_equal(logits(theirs(folder, quantization_config=FineGrainedFP8Config(dequantize=True))), logits(ours(folder)))
 
 
-def test_transformers_misreads_fp8_with_a_scale_a_tensor_as_our_table_says(tmp_path: Path) -> None:
-    folder = written(tmp_path / "out", "fp8-tensor", "fp8")
-    expected = logits(ours(folder))
+@pytest.mark.parametrize("scheme", ["fp8-tensor", "fp8-static"])
+@pytest.mark.parametrize("settings", [{}, {"quantization_config": FineGrainedFP8Config(dequantize=True)}], ids=["as it is", "dequantize"])
+def test_transformers_misreads_fp8_with_a_scale_a_tensor_as_our_table_says(scheme: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """The scales are left out, and the codes' own values become the weights."""
+    folder = written(tmp_path / "out", scheme, "fp8")
+    opened, expected = OpenedCheckpoint(folder), logits(ours(folder))
 
-    found = logits(theirs(folder, quantization_config=FineGrainedFP8Config(dequantize=True)))
+    model = theirs(folder, **settings)
 
-    assert (found - expected).abs().mean() > 0.5 * expected.std()
+    for name in opened.schemes:
+        assert torch.equal(model.get_submodule(name).weight, opened.reader.get(f"{name}.weight").float()), name
+    assert (logits(model) - expected).abs().mean() > 0.5 * expected.std()
+    verdicts = {verdict.engine: verdict.loads for verdict in summarize(folder).verdicts}
+    assert verdicts["transformers"] is False and verdicts["vLLM"] is True
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
