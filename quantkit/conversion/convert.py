@@ -17,6 +17,7 @@ from quantkit.checkpoint.writer import CheckpointWriter, require_space
 from quantkit.conversion.allocate import account, choose_schemes, measurement_path, tightened, tried, write_allocation
 from quantkit.conversion.allocation_file import path_beside
 from quantkit.conversion.calibration import CalibrationSet
+from quantkit.conversion.foldable import require_places
 from quantkit.conversion.hidden_states import spilled_bytes
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.outcome import CARD_FILE, make_report, write_side_files
@@ -65,6 +66,7 @@ def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
     started = time.monotonic()
     options, plan = prepared.options, prepared.plan
     require_apart(prepared.origin.folder, out)
+    require_places(prepared, _running_dtype(prepared), listener.stage)
     partial = prepare(out, overwrite=options.overwrite, fresh=options.fresh)
     try:
         require_space(partial, plan.bytes_after)

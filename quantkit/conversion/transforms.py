@@ -17,7 +17,7 @@ from quantkit.conversion.rounding import MIN_TOKENS, finite_weight
 from quantkit.methods.base import Reader, Rounding, Statistics, Transform
 from quantkit.methods.rtn import SearchedScales
 from quantkit.models.architecture import Architecture, Block
-from quantkit.models.folding import Change, Run, Site, changes, find_sites
+from quantkit.models.folding import Change, Found, Run, Site, changes, find_sites
 from quantkit.models.streaming import Weights
 
 Group = tuple[list[str], Statistics | None]
@@ -65,8 +65,7 @@ def transform_block(
     Args:
         run: a forward pass of the block over a few tokens.
     """
-    wanted = {linear.path.removeprefix(f"{block.path}."): linear.name for linear in block.linears if _transform(plan, linear.name) is not None}
-    found = find_sites(block.module, list(wanted), run, _fixed(block, architecture, plan))
+    wanted, found = sites_of(block, architecture, plan, run)
     done = Transformed(FoldedWeights(source), list(groups), {})
     for path, name in wanted.items():
         done.words[name] = f"{_label(plan, name)} nowhere: {found.why_not[path]}" if path in found.why_not else ""
@@ -81,7 +80,13 @@ def transform_block(
     return done
 
 
-def _transform(plan: Plan, name: str) -> Transform | None:
+def sites_of(block: Block, architecture: Architecture, plan: Plan, run: Run) -> tuple[dict[str, str], Found]:
+    """The block's linears that have a transform, checkpoint names by path in the block, and where their scales can go."""
+    wanted = {linear.path.removeprefix(f"{block.path}."): linear.name for linear in block.linears if transform_of(plan, linear.name) is not None}
+    return wanted, find_sites(block.module, list(wanted), run, _fixed(block, architecture, plan))
+
+
+def transform_of(plan: Plan, name: str) -> Transform | None:
     return plan.layers[name].transform if name in plan.layers else None
 
 

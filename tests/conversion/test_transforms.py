@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.core.divergence import DivergenceResult
+from quantkit.errors import RecipeError
 from quantkit.formats.streamed import open_streamed
 from quantkit.models.compare import TokenRows, compare
 from tests.conversion.conftest import edit_tensors, save_tiny
@@ -74,13 +75,42 @@ def test_every_layer_says_where_its_scale_went_or_why_nowhere(tmp_path: Path, op
     assert json.loads((tmp_path / "out" / "quantkit_report.json").read_text())["layers"][0]["transform"] == report.layers[0].transform
 
 
-def test_a_model_without_a_place_for_any_scale_is_said_to_have_none(tmp_path: Path, options: Options) -> None:
+def test_a_model_without_a_place_for_any_scale_is_refused_before_calibration(tmp_path: Path, options: Options) -> None:
+    """OLMo 2 norms what its linears give, not what they take."""
     source = save_tiny(tmp_path / "source", family="olmo2")
-    front = "{pattern: '(o|down)_proj', scheme: w8a16-g32, rounding: rtn}, "
+    mine = recipe(tmp_path, scheme="w4a16", transforms="[smoothquant]", first="{pattern: '(o|down)_proj', scheme: w4a16, rounding: rtn}, ")
+    before = sorted(tmp_path.iterdir())
 
-    report = convert(str(source), tmp_path / "out", options(recipe(tmp_path, first=front)))
+    with pytest.raises(RecipeError) as refusal:
+        convert(str(source), tmp_path / "out", options(mine, source=str(tmp_path / "no calibration yet.safetensors")))
 
-    assert any("no layer's transform could be folded" in note and "it follows no norm" in note for note in report.notes)
+    message = str(refusal.value)
+    assert message.startswith("source has no place for the scales of SmoothQuant") and "q_proj and 4 more: it follows no norm with gains" in message
+    assert "leave transforms out of recipe mine, or take w4a16-gptq" in message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_place_in_some_layers_is_enough_and_the_others_are_named(tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "source", family="olmo2")
+
+    report = convert(str(source), tmp_path / "out", options(recipe(tmp_path)))
+
+    words = {layer.name.rpartition(".")[2]: layer.transform for layer in report.layers if ".layers.1." in layer.name}
+    assert words["down_proj"] == "AWQ into model.layers.1.mlp.up_proj"
+    assert words["q_proj"].startswith("AWQ nowhere: it follows no norm")
+
+
+def test_every_kind_of_block_is_looked_at_before_a_model_is_refused(tmp_path: Path, options: Options) -> None:
+    """What follows GELU has no place, and in the first block nothing else asks for one."""
+    source = save_tiny(tmp_path / "source", family="gpt2", **GPT)
+    first = r"{pattern: 'h\.0\.(attn|mlp\.c_fc)', scheme: w8a16-g32, rounding: rtn}, "
+    second = r"{pattern: 'h\.1\.(attn|mlp\.c_fc)', scheme: w8a16-g32, rounding: rtn}, "
+
+    report = convert(str(source), tmp_path / "out", options(recipe(tmp_path, first=first), format="gptq"))
+
+    assert "AWQ into transformer.h.1.ln_1" in {layer.transform for layer in report.layers}
+    with pytest.raises(RecipeError, match=r"AWQ, whatever the calibration: transformer\.h\.0\.mlp\.c_proj: it follows no norm"):
+        convert(str(source), tmp_path / "none", options(recipe(tmp_path, first=first + second), format="gptq"))
 
 
 def test_smoothing_folds_and_keeps_the_function(tmp_path: Path, options: Options) -> None:
