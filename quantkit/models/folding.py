@@ -68,7 +68,7 @@ class Found:
 
 
 @dataclass(eq=False, slots=True)
-class _Call:
+class Call:
     """What one module was given and gave."""
 
     module: nn.Module
@@ -87,16 +87,16 @@ def find_sites(block: nn.Module, wanted: Sequence[str], run: Run, fixed: Callabl
     Args:
         fixed: why a parameter, by its path in the block, must keep its value; None where it need not.
     """
-    calls, output = _observe(block, run)
-    hidden = [name for name, module in _matrices(block) if name not in calls]
-    found, why_not = _norm_sites(calls, hidden), {}
+    calls, output = observe(block, run)
+    hidden = [name for name, module in matrices(block) if name not in calls]
+    found, why_not = norm_sites(calls, hidden), {}
     siblings: dict[str, Site | str] = {}
     for name in wanted:
         if any(name in site.readers for site in found):
             continue
-        kin = _starred(name)
+        kin = starred(name)
         if kin not in siblings and name in calls:
-            siblings[kin] = _linear_site(block, name, calls, run)
+            siblings[kin] = linear_site(block, name, calls, run)
         like = siblings.get(kin, "no token of the probe reached it")
         site = _moved(like, name) if isinstance(like, Site) else None
         if site is None:
@@ -111,7 +111,7 @@ def changes(block: nn.Module, site: Site, scale: Tensor) -> list[Change]:
     source = block.get_submodule(site.source)
     inverse = scale.reciprocal()
     if site.rows is not None:
-        whole = torch.ones(source.bias.shape[0] if source.bias is not None else _num_outputs(source), device=scale.device)
+        whole = torch.ones(source.bias.shape[0] if source.bias is not None else num_outputs(source), device=scale.device)
         whole[site.rows.to(scale.device)] = inverse
         inverse = whole
     made = [Change(f"{site.source}.weight", _along_outputs(source, inverse) if site.rows is not None else inverse, site.offset)]
@@ -123,9 +123,9 @@ def changes(block: nn.Module, site: Site, scale: Tensor) -> list[Change]:
     return made
 
 
-def _observe(block: nn.Module, run: Run) -> tuple[dict[str, _Call], Tensor]:
+def observe(block: nn.Module, run: Run) -> tuple[dict[str, Call], Tensor]:
     """The last call of every module with a weight of its own, in the order of their first, and the block's output."""
-    calls: dict[str, _Call] = {}
+    calls: dict[str, Call] = {}
     handles = []
     for name, module in block.named_modules():
         if isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -138,20 +138,20 @@ def _observe(block: nn.Module, run: Run) -> tuple[dict[str, _Call], Tensor]:
     return calls, output
 
 
-def _recorder(calls: dict[str, _Call], name: str) -> Any:
+def _recorder(calls: dict[str, Call], name: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         if args or kwargs:
-            calls[name] = _Call(module, args, kwargs, output.detach().clone())
+            calls[name] = Call(module, args, kwargs, output.detach().clone())
 
     return hook
 
 
-def _matrices(block: nn.Module) -> list[tuple[str, nn.Module]]:
+def matrices(block: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in block.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 2]
 
 
-def _norm_sites(calls: dict[str, _Call], hidden: list[str]) -> list[Site]:
+def norm_sites(calls: dict[str, Call], hidden: list[str]) -> list[Site]:
     """A norm and all modules with a matrix that were given rows of its output; those the probe did not reach go with their like."""
     sites = []
     for name, call in calls.items():
@@ -159,14 +159,14 @@ def _norm_sites(calls: dict[str, _Call], hidden: list[str]) -> list[Site]:
         if weight.ndim != 1 or call.output.shape[-1:] != weight.shape:
             continue
         readers = [other for other, reader in calls.items() if reader.module.weight.ndim == 2 and _reads(reader, call.output)]
-        readers += [other for other in hidden if _starred(other) in {_starred(reader) for reader in readers}]
+        readers += [other for other in hidden if starred(other) in {starred(reader) for reader in readers}]
         offset = _gain_offset(call) if readers else None
         if offset is not None:
             sites.append(Site(name, tuple(readers), torch.arange(len(weight)), offset=offset))
     return sites
 
 
-def _reads(call: _Call, given: Tensor) -> bool:
+def _reads(call: Call, given: Tensor) -> bool:
     """Whether all rows that the module was given are rows of this tensor."""
     x, width = call.x, given.shape[-1]
     if not isinstance(x, Tensor) or x.shape[-1] != width or not x.numel():
@@ -175,7 +175,7 @@ def _reads(call: _Call, given: Tensor) -> bool:
     return torch.equal(x, given) or bool((x[:, None] == given[None]).all(-1).any(1).all())
 
 
-def _gain_offset(call: _Call) -> float | None:
+def _gain_offset(call: Call) -> float | None:
     """0 where a norm's gain is its weight, 1 where it is one more than that, None where it is neither."""
     scale = _powers_of_two(len(call.module.weight), call.output.device)
     bias = getattr(call.module, "bias", None)
@@ -188,7 +188,7 @@ def _gain_offset(call: _Call) -> float | None:
     return None
 
 
-def _linear_site(block: nn.Module, reader: str, calls: dict[str, _Call], run: Run) -> Site | str:
+def linear_site(block: nn.Module, reader: str, calls: dict[str, Call], run: Run) -> Site | str:
     """The nearest linear before whose outputs reach this one's input channel by channel, or why there is none."""
     before = list(calls)[: list(calls).index(reader)]
     expected = calls[reader].x
@@ -196,7 +196,7 @@ def _linear_site(block: nn.Module, reader: str, calls: dict[str, _Call], run: Ru
         module = calls[name].module
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        for rows in _feeding_rows(_num_outputs(module), expected.shape[-1]):
+        for rows in _feeding_rows(num_outputs(module), expected.shape[-1]):
             index = _index(block, name, rows, reader, expected, run)
             if index is not None:
                 readers = tuple(other for other, call in calls.items() if call.module.weight.ndim == 2 and call.x is expected)
@@ -215,7 +215,7 @@ def _feeding_rows(outputs: int, channels: int) -> Iterator[Tensor]:
 def _index(block: nn.Module, source: str, rows: Tensor, reader: str, expected: Tensor, run: Run) -> Tensor | None:
     """Which of the rows feeds each input channel: scaling the rows must scale the channels, and nothing else."""
     scale = _powers_of_two(len(rows), expected.device)
-    whole = torch.ones(_num_outputs(block.get_submodule(source)), device=expected.device)
+    whole = torch.ones(num_outputs(block.get_submodule(source)), device=expected.device)
     whole[rows.to(expected.device)] = scale
     seen: list[Tensor] = []
     handles = [
@@ -296,7 +296,7 @@ def _powers_of_two(count: int, device: torch.device) -> Tensor:
     return torch.randint(-3, 4, (count,), generator=torch.Generator().manual_seed(count)).float().exp2().to(device)
 
 
-def _starred(path: str) -> str:
+def starred(path: str) -> str:
     """A path with its numbers replaced: experts alike in this are alike."""
     return re.sub(r"\b\d+\b", "*", path)
 
@@ -310,7 +310,7 @@ def _moved(site: Site, reader: str) -> Site | None:
     return replace(site, source=source, readers=(reader,))
 
 
-def _num_outputs(module: nn.Module) -> int:
+def num_outputs(module: nn.Module) -> int:
     return module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0]
 
 
