@@ -53,6 +53,7 @@ ENGINES = "vLLM, SGLang, transformers, TGI, llama.cpp, GPTQModel, quantkit"
 @click.option("--max-kl", type=float, metavar="NATS", help="The same with the fewest bits whose KL divergence is at most this, such as 0.02.")
 @click.option("--allocation", metavar="FILE", help="What an earlier run measured: a file, or its output. A new name is written.")
 @click.option("--kv-cache", metavar="NAME", help="Calibrate scales for a KV cache: fp8 (one a tensor), fp8-head (one a head). Or none.")
+@click.option("--rotation", metavar="NAME", help="Fold a rotation of the hidden states into all weights first: hadamard. Or none.")
 @click.option("--moe-calibrate-all-experts/--moe-calibrate-routed", default=None, help="Every token to every expert. Default: the recipe's.")
 @click.option("--max-shard-size", default="5GB", show_default=True, type=Size(), help="Largest weight file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -116,7 +117,7 @@ def _settings(options: dict[str, Any]) -> ConvertOptions:
     return ConvertOptions(
         recipe=options["recipe"], format=options["format_name"], calibration=calibration, overrides=options["override"], ignore=options["ignore"],
         group_size=options["group_size"], target_bpw=options["target_bpw"], max_kl=options["max_kl"],
-        allocation=options["allocation"], kv_cache=options["kv_cache"], dtype=options["dtype"], device=options["device"],
+        allocation=options["allocation"], kv_cache=options["kv_cache"], rotation=options["rotation"], dtype=options["dtype"], device=options["device"],
         max_shard_size=options["max_shard_size"],
         moe_calibrate_all_experts=options["moe_calibrate_all_experts"],
         overwrite=options["overwrite"], fresh=options["fresh"], requantize=options["requantize"], measure=options["measure"],

@@ -19,7 +19,6 @@ from quantkit.conversion.rows import split_rows
 from quantkit.conversion.sensitivity import MEASURED_TOKENS, SensitivityPass
 from quantkit.core.divergence import DivergenceResult
 from quantkit.errors import UsageError
-from quantkit.formats.streamed import FileOrder
 from quantkit.models.streaming import BlockRunner
 
 
@@ -79,9 +78,8 @@ def _measure(
         for unit in prepared.allocation.problem.units for name in unit.layers
     }  # fmt: skip
     runner = BlockRunner(prepared.architecture, device=prepared.device, dtype=dtype)
-    weights = FileOrder(prepared.source, prepared.architecture)
     scale_dtype = prepared.plan.format.scale_dtype(DTYPES[prepared.options.dtype] or prepared.source.dtype)
-    losses = SensitivityPass(runner, weights, rows, candidates, scale_dtype, folder, stage).run()
+    losses = SensitivityPass(runner, prepared.weights, rows, candidates, scale_dtype, folder, stage).run()
     origin, report = prepared.origin.name, rows.report
     return Measurement(origin, prepared.source.reader.fingerprint(), made_by, report.summary(), report.num_tokens, losses)
 

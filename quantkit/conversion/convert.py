@@ -26,7 +26,7 @@ from quantkit.conversion.recipe import Rule
 from quantkit.conversion.report import ConversionReport, LayerResult
 from quantkit.conversion.rows import load_rows, split_rows
 from quantkit.conversion.without_data import round_without_data
-from quantkit.conversion.work import CalibratedWork
+from quantkit.conversion.work import CalibratedWork, RunModel
 from quantkit.conversion.workplace import Listener, Workplace, carry
 from quantkit.core.divergence import DivergenceResult
 from quantkit.errors import Interrupted
@@ -107,8 +107,7 @@ def _attempt(
     ledger = Ledger.open(partial, _identity(prepared, rows), fresh=options.fresh)
     with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
         writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
-        weights = FileOrder(prepared.source, prepared.architecture)
-        place = Workplace(weights, plan, writer, ledger, listener, options.carried_dtype or prepared.source.dtype, prepared.device)
+        place = Workplace(prepared.weights, plan, writer, ledger, listener, options.carried_dtype or prepared.source.dtype, prepared.device)
         results, divergence = _work(prepared, place, rows, partial)
         writer.close()
     return results, divergence
@@ -127,11 +126,12 @@ def _identity(prepared: Prepared, rows: CalibrationSet | None) -> dict[str, Any]
     }  # fmt: skip
     names = " ".join(f"{name}={layer.scheme.name}" for name, layer in prepared.plan.layers.items())
     cache = {} if prepared.plan.kv_cache is None else {"KV cache": prepared.plan.kv_cache.name}
+    rotated = {} if recipe is None or recipe.rotation is None else {"rotation": recipe.rotation.model_dump()}
     chosen = {} if prepared.allocation is None else {"allocated schemes": hashlib.sha256(names.encode()).hexdigest()[:16]}
     return {
         "source fingerprint": prepared.source.reader.fingerprint(), **made_by,
         "format": options.container, "requantize": options.requantize,
-        "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen, **cache,
+        "dtype": options.dtype, "max_shard_size": options.max_shard_size, "measure": options.measure, **data, **chosen, **cache, **rotated,
         "experts calibrated on": "all tokens" if prepared.plan.calibrates_all_experts else "their own",
         "device": _device_name(prepared.device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": version("transformers"), "quantkit": version("quantkit"),
@@ -156,7 +156,11 @@ def _work(prepared: Prepared, place: Workplace, rows: CalibrationSet | None, par
         return [*([] if prepared.recipe else decoded), *round_without_data(place, blocks)], None
     calibration, held_out = split_rows(rows, prepared.options)
     runner = BlockRunner(prepared.architecture, device=place.device, dtype=_running_dtype(prepared))
-    return CalibratedWork(place, runner, calibration, held_out, partial).run()
+    if prepared.rotation is None:
+        return CalibratedWork(place, runner, calibration, held_out, partial).run()
+    original = prepared.rotation.original
+    as_it_was = RunModel(BlockRunner(original, device=place.device, dtype=runner.dtype), FileOrder(prepared.source, original))
+    return CalibratedWork(place, runner, calibration, held_out, partial, as_it_was).run()
 
 
 def _running_dtype(prepared: Prepared) -> torch.dtype:

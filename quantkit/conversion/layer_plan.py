@@ -73,7 +73,7 @@ def decide_layers(
                 left_alone[linear.name] = ", and ".join(words for words in (layer.note, why) if words)
     if not fmt.holds_mixed:
         _leave_all_but_one_scheme(layers, left_alone, fmt)
-    if not layers and recipe.kv_cache_scheme is None:
+    if not layers and recipe.kv_cache_scheme is None and recipe.rotation is None:
         raise RecipeError(_nothing_left(recipe, left_alone))
     return layers, left_alone
 

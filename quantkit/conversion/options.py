@@ -8,6 +8,7 @@ import torch
 
 from quantkit.conversion.budget import Budget, read_budget
 from quantkit.conversion.calibration import CalibrationOptions
+from quantkit.conversion.rotation import rotation_named
 from quantkit.errors import UsageError, did_you_mean
 from quantkit.formats.engines import find_engine
 from quantkit.formats.kv_scales import kv_cache_name
@@ -33,6 +34,7 @@ class ConvertOptions:
         max_kl: the same, with the fewest bits whose KL divergence on held-out rows is at most this.
         allocation: a file, or the folder of an earlier conversion, whose measurement is used in place of a new one; a new name gets the new one.
         kv_cache: calibrate scales for a KV cache, "fp8" with one a tensor, "fp8-head" with one a head; "none" against a recipe that does.
+        rotation: "hadamard" folds a rotation of the hidden states into all weights before they are rounded; "none" against a recipe that does.
         moe_calibrate_all_experts: every expert sees every calibration token, whoever it is routed to; None is what the recipe says.
         requantize: take an already quantized source, decoded, as the original; where only a container is asked for, just the layers it cannot hold.
         target_engines: engines that must load the output, or nothing is done.
@@ -49,6 +51,7 @@ class ConvertOptions:
     max_kl: float | int | None = None
     allocation: str | None = None
     kv_cache: str | None = None
+    rotation: str | None = None
     moe_calibrate_all_experts: bool | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -71,6 +74,7 @@ class ConvertOptions:
             raise UsageError(f"max_shard_size is {self.max_shard_size}; give a size such as 5GB")
         get_format(self.container)
         kv_cache_name(self.kv_cache)
+        rotation_named(self.rotation)
         for engine in self.target_engines:
             find_engine(engine)
         if self.container == PLAIN.name:
@@ -81,7 +85,7 @@ class ConvertOptions:
 
     def _check_plain(self) -> None:
         if self.asks_to_quantize:
-            raise UsageError("bf16 writes ordinary weights, and a recipe (an override, a budget, a KV cache) asks for others; leave one of them out")
+            raise UsageError("bf16 writes ordinary weights, and a recipe (an override, a budget, a KV cache, a rotation) asks for others; leave one of them out")
         if self.dtype not in ("auto", "bfloat16"):
             raise UsageError(f"format bf16 writes bfloat16, and dtype is {self.dtype}; leave one of them out")
 
@@ -92,8 +96,8 @@ class ConvertOptions:
     @property
     def asks_to_quantize(self) -> bool:
         """Whether anything given is about how weights are to be rounded, or what is to be calibrated."""
-        cache = kv_cache_name(self.kv_cache)
-        given = (self.recipe, self.group_size, self.target_bpw, self.max_kl, self.allocation, cache, self.moe_calibrate_all_experts)
+        cache, rotation = kv_cache_name(self.kv_cache), rotation_named(self.rotation)
+        given = (self.recipe, self.group_size, self.target_bpw, self.max_kl, self.allocation, cache, rotation, self.moe_calibrate_all_experts)
         return bool(self.overrides or self.ignore) or any(each is not None for each in given)
 
     @property

@@ -67,6 +67,8 @@ def write_side_files(prepared: Prepared, partial: Path, report: ConversionReport
     if (dtype := prepared.options.carried_dtype) is not None:
         name = str(dtype).removeprefix("torch.")
         config |= {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})
+    if prepared.rotation is not None:
+        config = prepared.rotation.configured(config)
     quantization = prepared.plan.config
     if quantization is not None:
         config["quantization_config"] = quantization

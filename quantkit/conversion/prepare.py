@@ -19,11 +19,13 @@ from quantkit.conversion.moving import plan_moves, plan_plain
 from quantkit.conversion.options import DEFAULT_RECIPE, ConvertOptions
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
+from quantkit.conversion.rotating import PlannedRotation, RotatedWeights, plan_rotation
 from quantkit.conversion.targets import require_loadable
 from quantkit.conversion.tuning import tuning_of
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import PLAIN
+from quantkit.formats.streamed import FileOrder
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.device import find_device
 from quantkit.models.experts import expert_of, separate_experts
@@ -43,10 +45,20 @@ class Prepared:
     device: torch.device
     allocation: Allocation | None = None
     """While nothing is measured, `plan` is a stand-in of about the size."""
+    rotation: PlannedRotation | None = None
 
     @property
     def needs_measurement(self) -> bool:
         return self.allocation is not None and self.allocation.measurement is None
+
+    @property
+    def weights(self) -> FileOrder | RotatedWeights:
+        """What is converted: the source's dense weights, rotated where the recipe asks for it."""
+        weights = FileOrder(self.source, self.architecture)
+        if self.rotation is None:
+            return weights
+        kept = {name: tensor.dtype for name, tensor in self.plan.planned.items() if name in self.rotation.folds}
+        return RotatedWeights(weights, self.rotation, {name: dtype for name, dtype in kept.items() if name.removesuffix(".weight") not in self.plan.layers})
 
 
 def check_output(source: str, out: Path, options: ConvertOptions) -> None:
@@ -61,7 +73,7 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     """Read headers and decide everything; raises the error of whatever cannot be done."""
     recipe = Recipe.load(options.recipe or DEFAULT_RECIPE).changed(
         overrides=options.overrides, ignore=options.ignore, group_size=options.group_size, budget=options.budget, kv_cache=options.kv_cache,
-        moe_calibrate_all_experts=options.moe_calibrate_all_experts,
+        rotation=options.rotation, moe_calibrate_all_experts=options.moe_calibrate_all_experts,
     )  # fmt: skip
     if options.allocation is not None and recipe.allocate is None:
         raise UsageError(f"allocation {options.allocation} is given and no budget; add --target-bpw or --max-kl, or take a recipe that allocates")
@@ -79,7 +91,12 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
         return _targeted(Prepared(origin, opened, architecture, None, plan, options, device))
     if options.moe_calibrate_all_experts:
         _require_experts(architecture, origin)
-    prepared = Prepared(origin, opened, architecture, recipe, _plan(opened, architecture, recipe, options), options, device)
+    rotation = None
+    if recipe.rotation is not None:
+        rotation = plan_rotation(recipe.rotation, architecture, opened, origin.name, trust_remote_code=options.trust_remote_code)
+        architecture = rotation.architecture
+    plan = _plan(opened, architecture, recipe, options, rotation)
+    prepared = Prepared(origin, opened, architecture, recipe, plan, options, device, rotation=rotation)
     if recipe.allocate is not None:
         prepared = _with_problem(prepared)
         if prepared.needs_measurement:
@@ -93,11 +110,14 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
 
 
 def _plan(
-    opened: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, options: ConvertOptions, allocated: Mapping[str, str] | None = None
-) -> Plan:
+    opened: OpenedCheckpoint, architecture: Architecture, recipe: Recipe, options: ConvertOptions, rotation: PlannedRotation | None,
+    allocated: Mapping[str, str] | None = None,
+) -> Plan:  # fmt: skip
     settings = {"max_shard_size": options.max_shard_size, "dtype": options.carried_dtype}
     plan = make_plan(opened, architecture, recipe, options.container, allocated=allocated, **settings)
     tuning_of(plan)  # refuses rules that tune unlike
+    if rotation is not None:
+        rotation.add_to(plan)
     return plan
 
 
@@ -126,7 +146,7 @@ def _with_problem(prepared: Prepared) -> Prepared:
         return allocated(prepared, measurement)
     solution = problem.solve(problem.guess()) if budget.kind != "kl" else problem.solve_bits(problem.guess(), 1.0, inf)
     assert solution is not None
-    plan = _plan(prepared.source, prepared.architecture, prepared.recipe, options, solution.layers)
+    plan = _plan(prepared.source, prepared.architecture, prepared.recipe, options, prepared.rotation, solution.layers)
     plan.notes += problem.dropped
     require_mixture(problem, plan, options, model_dtype)
     return replace(prepared, plan=plan)
@@ -146,7 +166,7 @@ def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:
             solution = problem.solve_bits(measurement.losses, measurement.factor, inf)  # what was predicted to do did not: do what can be done
         if solution is None:
             raise UsageError(_out_of_reach(problem, measurement))
-        plan = _plan(prepared.source, prepared.architecture, prepared.recipe, prepared.options, solution.layers)
+        plan = _plan(prepared.source, prepared.architecture, prepared.recipe, prepared.options, prepared.rotation, solution.layers)
         over = ceil((plan.file_bpw - problem.budget.amount) * plan.parameters) if problem.budget.kind == "file" else 0
         if over <= 0:
             plan.notes += problem.dropped

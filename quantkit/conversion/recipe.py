@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from quantkit.conversion.budget import Allocate, Budget, checked_candidates
+from quantkit.conversion.rotation import ROTATIONS, Rotation, rotation_named
 from quantkit.core.scheme import CHANNEL, Scheme
 from quantkit.core.scheme_names import parse_scheme, takes_group, with_group
 from quantkit.errors import RecipeError, UsageError, did_you_mean
@@ -74,6 +75,7 @@ class Recipe(BaseModel):
         fallback: the scheme of layers that no group size fits, rounded as their rule says; "none" leaves them as they are.
         moe_calibrate_all_experts: let every expert see every calibration token, whoever it is routed to; nothing where there are no experts.
         allocate: choose schemes by measurement; those of the rules then only say which family, and how layers are rounded.
+        rotation: fold a rotation of the hidden states into all weights first: "hadamard", or a mapping of that name, `seed` and `heads`; or "none".
         kv_cache_scheme: the KV cache to calibrate scales for: "fp8", "fp8-head", the mapping that a checkpoint's config has of it, or "none".
     """
 
@@ -85,7 +87,13 @@ class Recipe(BaseModel):
     fallback: str = "w8a16-channel"
     moe_calibrate_all_experts: bool = False
     allocate: Allocate | None = None
+    rotation: Rotation | None = None
     kv_cache_scheme: str | None = None
+
+    @field_validator("rotation", mode="before")
+    @classmethod
+    def _can_be_rotated(cls, value: Any) -> Any:
+        return rotation_named(value)
 
     @field_validator("kv_cache_scheme", mode="before")
     @classmethod
@@ -136,7 +144,7 @@ class Recipe(BaseModel):
 
     def changed(
         self, *, overrides: tuple[str, ...] = (), ignore: tuple[str, ...] = (), group_size: int | None = None, budget: Budget | None = None,
-        kv_cache: str | None = None, moe_calibrate_all_experts: bool | None = None,
+        kv_cache: str | None = None, rotation: str | None = None, moe_calibrate_all_experts: bool | None = None,
     ) -> Recipe:  # fmt: skip
         """This recipe with the command line's wishes in front.
 
@@ -145,7 +153,7 @@ class Recipe(BaseModel):
             ignore: patterns of layers that keep their own type.
             group_size: for every quantized rule and every override that names no group; strict, as is a group named in an override.
             budget: for an allocation, in place of the recipe's own; what is overridden is then fixed.
-            kv_cache: in place of the recipe's own, "none" for none.
+            kv_cache, rotation: in place of the recipe's own, "none" for none.
             moe_calibrate_all_experts: None leaves it as the recipe says.
 
         Raises:
@@ -172,7 +180,10 @@ class Recipe(BaseModel):
                 front = [rule.model_copy(update={"candidates": ()}) for rule in front]
             shows_all = self.moe_calibrate_all_experts if moe_calibrate_all_experts is None else moe_calibrate_all_experts
             cache = self.kv_cache_scheme if kv_cache is None else kv_cache_name(kv_cache)
-            update = {"rules": tuple(front + rules), "allocate": allocate, "moe_calibrate_all_experts": shows_all, "kv_cache_scheme": cache}
+            update = {
+                "rules": tuple(front + rules), "allocate": allocate, "moe_calibrate_all_experts": shows_all, "kv_cache_scheme": cache,
+                "rotation": self.rotation if rotation is None else rotation_named(rotation),
+            }  # fmt: skip
             return self.model_copy(update=update)
         except RecipeError as error:  # the same words stand for a recipe's own content where that is wrong
             raise UsageError(str(error)) from error
@@ -258,13 +269,15 @@ def _check_methods(rule: Rule) -> None:
     if rule.scheme != "none":
         get_rounding(rule.rounding_name, rule.rounding_settings)
     for name, settings in rule.transform_settings:
+        if name in ROTATIONS:
+            raise RecipeError(f"{name} rotates the whole model, not the layers of a rule; write `rotation: {name}` beside the rules")
         get_transform(name, settings)
     if len(rule.transforms) > 1:
         names = " and ".join(name for name, _ in rule.transform_settings)
         raise RecipeError(f"{names} each choose the scale of the same inputs; keep one of them")
 
 
-_PARTS: dict[str, type[BaseModel]] = {"rules": Rule, "allocate": Allocate}
+_PARTS: dict[str, type[BaseModel]] = {"rules": Rule, "allocate": Allocate, "rotation": Rotation}
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,14 @@ _PROBED_TOKENS = 64
 """A transform's folds are proved on so many tokens; experts that none of them reaches go with those alike."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class RunModel:
+    """A model that is run block by block, and its weights."""
+
+    runner: BlockRunner
+    weights: Weights
+
+
 class CalibratedWork:
     """Streams of hidden states through the blocks: the calibration rows (with the quantized model's own errors in them; where layers are tuned,
     the original model's too), and held-out rows twice, through the original and through the quantized blocks, which the head at the end turns
@@ -50,10 +58,14 @@ class CalibratedWork:
     Args:
         held_out: rows to measure on, None to measure nothing.
         folder: where states may be spilled.
+        as_it_was: the model to measure against, where the one that is converted was rotated first.
     """
 
-    def __init__(self, place: Workplace, runner: BlockRunner, rows: CalibrationSet, held_out: CalibrationSet | None, folder: Path) -> None:
-        self.place, self.runner, self.held_out = place, runner, held_out
+    def __init__(
+        self, place: Workplace, runner: BlockRunner, rows: CalibrationSet, held_out: CalibrationSet | None, folder: Path,
+        as_it_was: RunModel | None = None,
+    ) -> None:  # fmt: skip
+        self.place, self.runner, self.held_out, self.as_it_was = place, runner, held_out, as_it_was
         width = runner.architecture.config.get_text_config().hidden_size
         self.calibration = HiddenStates(rows, width, runner.dtype, folder, "calibration")
         self.tuned = tuning_of(place.plan)
@@ -66,9 +78,10 @@ class CalibratedWork:
         every: list[LayerResult] = []
         for index, block in enumerate(self.runner.architecture.blocks):
             done = self.place.finished(block.path)
+            self._advance_as_it_was(index, block)
             self.runner.load(block.path, self.place.source)
             seen = self._watch(index, block) if done is None else None
-            for states in self.original + self.measured[:1]:
+            for states in self.original + ([] if self.as_it_was else self.measured[:1]):
                 states.advance(self.runner, index)
             results = self._quantize(index, block, *seen) if seen is not None else done
             static_scales = self._use_quantized(block, done is not None)
@@ -83,11 +96,24 @@ class CalibratedWork:
     def _embed(self) -> None:
         self.place.listener.stage("embedding")
         self.runner.load_outside(self.place.source)
-        for states in (self.calibration, *self.original, *self.measured):
+        for states in (self.calibration, *self.original, *self.measured[1 if self.as_it_was else 0 :]):
             states.embed(self.runner)
         rows = self.calibration.rows
         self.runner.settle(self.calibration.states, rows.input_ids, rows.position_ids)
         self.runner.unload_outside()
+        if self.as_it_was and self.measured:
+            before = self.as_it_was.runner
+            before.load_outside(self.as_it_was.weights)
+            self.measured[0].embed(before)
+            before.settle(self.measured[0].states, self.measured[0].rows.input_ids, self.measured[0].rows.position_ids)
+            before.unload_outside()
+
+    def _advance_as_it_was(self, index: int, block: Block) -> None:
+        """Held-out states through a block of the model that was not rotated, before the rotated one is in memory."""
+        if self.as_it_was and self.measured:
+            self.as_it_was.runner.load(block.path, self.as_it_was.weights)
+            self.measured[0].advance(self.as_it_was.runner, index)
+            self.as_it_was.runner.unload(block.path)
 
     def _watch(self, index: int, block: Block) -> tuple[HessianCollector, Routing]:
         """What the block's linears are given, with the block's own weights, and where tokens were routed."""
@@ -211,11 +237,17 @@ class CalibratedWork:
         if self.held_out is None:
             return None
         self.runner.load_outside(self.place.source)
+        before = self.as_it_was.runner if self.as_it_was else self.runner
+        if self.as_it_was:
+            before.load_outside(self.as_it_was.weights)
         rows = TokenRows.of_texts(self.held_out.input_ids, self.held_out.position_ids, self.held_out.valid)
         divergence = Divergence()
         vocabulary = int(self.runner.architecture.config.get_text_config().vocab_size)
         for at in logit_places(rows.input_ids.shape, vocabulary):
-            baseline, quantized = (self.runner.logits(states.states[at], rows.input_ids[at], rows.position_ids[at]) for states in self.measured)
+            baseline, quantized = (
+                runner.logits(states.states[at], rows.input_ids[at], rows.position_ids[at])
+                for runner, states in zip((before, self.runner), self.measured, strict=True)
+            )
             divergence.add(baseline, quantized, rows.targets[at].to(baseline.device), rows.counted[at].to(baseline.device))
         self.runner.unload_outside()
         return divergence.result()

@@ -13,6 +13,7 @@ from quantkit.checkpoint.ledger import Ledger
 from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.conversion.plan import Plan
 from quantkit.conversion.report import DECODED, LayerResult
+from quantkit.conversion.rotating import RotatedWeights
 from quantkit.core.difference import difference
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import SourceError
@@ -41,7 +42,7 @@ class Listener(Protocol):
 class Workplace:
     """What every unit of work needs."""
 
-    source: FileOrder
+    source: FileOrder | RotatedWeights
     plan: Plan
     writer: CheckpointWriter
     ledger: Ledger

@@ -1,0 +1,192 @@
+"""A rotated model is the same model: its logits, its containers' layers, its files; what does not commute is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from quantkit.conversion.convert import convert
+from quantkit.conversion.options import ConvertOptions
+from quantkit.errors import QuantkitError, RecipeError, UsageError
+from quantkit.formats.opened import OpenedCheckpoint
+from tests.conversion.conftest import contents, edit_config, edit_tensors, save_tiny
+
+Options = Callable[..., ConvertOptions]
+ONLY = "name: only\nrules: [{pattern: '.', scheme: none}]\nrotation: hadamard\n"
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+       "decoder_sparse_step": 1}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "llama tied": {"tie_word_embeddings": True},
+    "llama without groups": {"num_key_value_heads": 4},
+    "llama 96 wide": {"hidden_size": 96, "head_dim": 24},
+    "llama 72 wide": {"hidden_size": 72, "head_dim": 18},
+    "qwen2 tied": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma tied": {"tie_word_embeddings": True},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 7.0, "logits_scaling": 3.0},
+    "phi3": {},
+    "mixtral": MOE,
+    "qwen2_moe": MOE,
+    "qwen3_moe tied": MOE | {"tie_word_embeddings": True},
+}
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 63).reshape(2, 30)).logits
+
+
+def recipe(folder: Path, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_rotated_model_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "tiny", family=name.split()[0], **FAMILIES[name])
+
+    report = convert(str(source), tmp_path / "out", ConvertOptions(recipe=recipe(tmp_path / "r", ONLY)))
+
+    before, after = logits_of(source), logits_of(tmp_path / "out")
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-4 * float(before.abs().max()))
+    old, new = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    matrices = [name for name, tensor in old.items() if tensor.ndim == 2]
+    assert not any(torch.allclose(new[name], old[name], atol=1e-3) for name in matrices if "shared_expert_gate" not in name)
+    assert any("heads between values" in note for note in report.notes)
+
+
+def test_a_tied_head_becomes_a_tensor_of_its_own_and_its_bytes_are_counted(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True)
+
+    report = convert(str(source), tmp_path / "out", ConvertOptions(recipe=recipe(tmp_path / "r", ONLY)))
+
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    assert not torch.allclose(new["lm_head.weight"], new["model.embed_tokens.weight"])
+    assert report.bytes_after - report.bytes_before >= 96 * 64 * 4
+    assert any("lm_head.weight is stored too" in note for note in report.notes)
+
+
+def test_norms_lose_their_gains_and_heads_are_left_alone_where_the_recipe_says_so(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "tiny", num_key_value_heads=4)
+
+    convert(str(source), tmp_path / "with", ConvertOptions(recipe=recipe(tmp_path / "r", ONLY)))
+    convert(str(source), tmp_path / "without", ConvertOptions(recipe=recipe(tmp_path / "r", ONLY.replace("hadamard", "{name: hadamard, heads: false}"))))
+
+    old, both, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("tiny", "with", "without"))
+    assert all(bool((tensor == 1).all()) for name, tensor in both.items() if "norm" in name)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    torch.testing.assert_close(alone[name].T @ alone[name], old[name].T @ old[name], rtol=1e-4, atol=1e-4)  # only its outputs were turned
+    assert not torch.allclose(both[name].T @ both[name], old[name].T @ old[name], atol=1e-2)
+    head = slice(0, 16)
+    value = "model.layers.0.self_attn.v_proj.weight"
+    grams = [both[value][head].T @ both[value][head], alone[value][head].T @ alone[value][head]]
+    torch.testing.assert_close(*grams, rtol=1e-4, atol=1e-4)  # every head was turned within itself
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family, words", [
+    ("gpt2", "LayerNorm"), ("cohere", "CohereLayerNorm"), ("gemma2", "post_attention_layernorm"), ("olmo2", "post_attention_layernorm"),
+    ("gpt_oss", "mlp.experts"),
+])  # fmt: skip
+def test_what_does_not_commute_is_refused_before_any_work(family: str, words: str, tmp_path: Path) -> None:
+    more = {"gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, "gpt_oss": MOE}
+    config = more.get(family, {})
+    source = save_tiny(tmp_path / "tiny", family=family, **config)
+
+    with pytest.raises(RecipeError, match=f"cannot be rotated: .*{words}.*; leave the rotation out"):
+        convert(str(source), tmp_path / "out", ConvertOptions(recipe="w4a16-rtn", rotation="hadamard"))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_layer_that_transformers_does_not_build_refuses_a_rotation(tmp_path: Path) -> None:
+    source = edit_tensors(save_tiny(tmp_path / "tiny"), lambda tensors: tensors.update({"mtp.proj.weight": torch.randn(64, 64)}))
+
+    with pytest.raises(RecipeError, match=r"mtp\.proj"):
+        convert(str(source), tmp_path / "out", ConvertOptions(recipe="w4a16-rtn", rotation="hadamard"))
+
+
+@pytest.mark.parametrize("content, words", [
+    ("hadamart", "did you mean 'hadamard'"), ("{name: hadamard, sed: 1}", "unknown key 'rotation.sed'; did you mean 'seed'"),
+    ("{name: hadamard, seed: -1}", "rotation.seed"), ("{seed: 1}", "has no name"), ("{name: hadamard, heads: 2}", "rotation.heads"),
+    ("3", "rotation"),
+])  # fmt: skip
+def test_a_rotation_that_cannot_be_meant_is_refused_by_name(content: str, words: str, tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(RecipeError, match=words):
+        convert(str(tiny), tmp_path / "out", ConvertOptions(recipe=recipe(tmp_path / "r", ONLY.replace("hadamard", content))))
+
+
+def test_a_rotation_among_transforms_says_where_it_belongs(tmp_path: Path, tiny: Path) -> None:
+    text = "name: x\nrules: [{pattern: '.', scheme: w4a16, transforms: [hadamard]}]\n"
+    with pytest.raises(RecipeError, match="`rotation: hadamard` beside the rules"):
+        convert(str(tiny), tmp_path / "out", ConvertOptions(recipe=recipe(tmp_path / "r", text)))
+
+
+def test_none_takes_a_recipes_rotation_away(tmp_path: Path, tiny: Path) -> None:
+    text = "name: x\nrules: [{pattern: '.', scheme: w8a16, rounding: rtn}]\nrotation: hadamard\n"
+    convert(str(tiny), tmp_path / "out", ConvertOptions(recipe=recipe(tmp_path / "r", text), rotation="none"))
+
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], load_file(tiny / "model.safetensors")["lm_head.weight"])
+    with pytest.raises(QuantkitError, match="unknown rotation 'spin'"):
+        ConvertOptions(rotation="spin")
+
+
+def test_a_rotation_is_not_for_moving_codes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a rotation"):
+        ConvertOptions(format="bf16", rotation="hadamard")
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w8a8-int8", "w4a16-awq", "w4a16-gptq"])
+def test_quantized_after_rotating_the_losses_are_measured_against_the_model_as_it_was(
+    name: str, tmp_path: Path, options: Options
+) -> None:
+    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True)
+
+    report = convert(str(source), tmp_path / "out", options(name, rotation="hadamard", group_size=None))
+
+    opened = OpenedCheckpoint(tmp_path / "out")
+    dense = {name: opened.get(name).float() for name in opened.names}
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    from safetensors.torch import save_file
+
+    save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text((tmp_path / "out" / "config.json").read_text())
+    edit_config(folder, quantization_config=None)
+    before, after = logits_of(source), logits_of(folder)
+    if name != "w8a8-int8":  # inputs are not quantized in the dense copy
+        error = ((after - before).norm() / before.norm()).item()
+        assert error < (0.02 if name == "w8a16" else 0.4)
+    assert report.divergence is None or 0 <= report.divergence["kl_mean"] < 0.2
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, options: Options) -> None:
+    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True)
+    convert(str(source), tmp_path / "whole", options(rotation="hadamard"))
+
+    class Stopping:
+        def started(self, num_blocks: int) -> None: ...
+        def layer(self, result: object) -> None: ...
+        def stage(self, text: str) -> None: ...
+        def block(self, index: int, results: object, *, resumed: bool) -> None:
+            if index == 0 and not resumed:
+                raise KeyboardInterrupt
+
+    with pytest.raises(QuantkitError, match="stopped"):
+        convert(str(source), tmp_path / "out", options(rotation="hadamard"), Stopping())
+    convert(str(source), tmp_path / "out", options(rotation="hadamard"))
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
