@@ -117,9 +117,8 @@ def _settings(options: dict[str, Any]) -> ConvertOptions:
     return ConvertOptions(
         recipe=options["recipe"], format=options["format_name"], calibration=calibration, overrides=options["override"], ignore=options["ignore"],
         group_size=options["group_size"], target_bpw=options["target_bpw"], max_kl=options["max_kl"],
-        allocation=options["allocation"], kv_cache=options["kv_cache"], rotation=options["rotation"], dtype=options["dtype"], device=options["device"],
-        max_shard_size=options["max_shard_size"],
-        moe_calibrate_all_experts=options["moe_calibrate_all_experts"],
+        allocation=options["allocation"], kv_cache=options["kv_cache"], rotation=options["rotation"], dtype=options["dtype"],
+        device=options["device"], max_shard_size=options["max_shard_size"], moe_calibrate_all_experts=options["moe_calibrate_all_experts"],
         overwrite=options["overwrite"], fresh=options["fresh"], requantize=options["requantize"], measure=options["measure"],
         target_engines=options["target_engines"], trust_remote_code=options["trust_remote_code"],
     )  # fmt: skip

@@ -85,7 +85,8 @@ class ConvertOptions:
 
     def _check_plain(self) -> None:
         if self.asks_to_quantize:
-            raise UsageError("bf16 writes ordinary weights, and a recipe (an override, a budget, a KV cache, a rotation) asks for others; leave one of them out")
+            asked = "a recipe (an override, a budget, a KV cache, a rotation)"
+            raise UsageError(f"bf16 writes ordinary weights, and {asked} asks for others; leave one of them out")
         if self.dtype not in ("auto", "bfloat16"):
             raise UsageError(f"format bf16 writes bfloat16, and dtype is {self.dtype}; leave one of them out")
 

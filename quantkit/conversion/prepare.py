@@ -57,8 +57,9 @@ class Prepared:
         weights = FileOrder(self.source, self.architecture)
         if self.rotation is None:
             return weights
-        kept = {name: tensor.dtype for name, tensor in self.plan.planned.items() if name in self.rotation.folds}
-        return RotatedWeights(weights, self.rotation, {name: dtype for name, dtype in kept.items() if name.removesuffix(".weight") not in self.plan.layers})
+        quantized = {f"{name}.weight" for name in self.plan.layers}
+        stored = {name: self.plan.planned[name].dtype for name in self.rotation.folds if name not in quantized}
+        return RotatedWeights(weights, self.rotation, stored)
 
 
 def check_output(source: str, out: Path, options: ConvertOptions) -> None:
@@ -142,6 +143,8 @@ def _with_problem(prepared: Prepared) -> Prepared:
     path = allocation_path(options.allocation) if options.allocation is not None else None
     if path is not None and path.exists():
         measurement = Measurement.read(path)
+        if measurement.made_by.get("rotation") != (prepared.rotation and prepared.rotation.words):
+            raise UsageError(f"{path} was measured after another rotation, or none; name a new file for a new measurement")
         prepared.allocation.require_covered(measurement, path, prepared.source.reader.fingerprint())
         return allocated(prepared, measurement)
     solution = problem.solve(problem.guess()) if budget.kind != "kl" else problem.solve_bits(problem.guess(), 1.0, inf)

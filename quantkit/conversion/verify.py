@@ -15,8 +15,9 @@ from quantkit.checkpoint.side_files import left_behind, side_files
 from quantkit.checkpoint.source import resolve
 from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.calibration import CalibrationOptions, load_calibration
-from quantkit.conversion.recipe import Recipe
+from quantkit.conversion.rotating import RotatedWeights
 from quantkit.conversion.verification import Verification
+from quantkit.conversion.verify_folds import folded_tensors, own_recipe, rotated_source, unlike_rotated
 from quantkit.conversion.verify_structure import config_problems, missing_parameters
 from quantkit.conversion.verify_values import examine_layers, unlike_tensors
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError, UsageError
@@ -85,12 +86,21 @@ def verify(out: str | Path, *, against: str | None = None, options: VerifyOption
         return result
     if architecture is not None:
         _check_structure(opened, source, architecture, result)
-    folded = _folded(opened, source, architecture)
-    _check_values(opened, None if folded else source, architecture, result, progress)
+    recipe = own_recipe(opened, source)
+    folded = folded_tensors(recipe, architecture)
+    try:
+        rotated = rotated_source(recipe, source, trust_remote_code=options.trust_remote_code)
+    except QuantkitError as error:
+        result.add("rotation", [f"recipe.yaml asks for one: {error}"], "")
+        return result
+    _check_values(opened, None if folded else rotated or source, architecture, result, progress)
     if source is not None and folded:
         result.add("layer errors", [], "not compared: recipe.yaml folds scales into weights and norms; the KL divergence tells")
     if source is not None:
-        _check_against(opened, source, architecture, folded, result)
+        if rotated is not None:
+            unlike, num_alike = unlike_rotated(opened, rotated, folded)
+            result.add("rotated tensors", unlike, f"{num_alike} unquantized ones are the original's, rotated as recipe.yaml says")
+        _check_against(opened, source, architecture, folded | (rotated.rotation.folds.keys() if rotated else set()), result)
     _check_tokenizer(folder, source, result, options)
     if source is not None and architecture is not None and options.num_tokens:
         _check_divergence(opened, source, architecture, result, options, device, progress)
@@ -146,8 +156,9 @@ def _config_words(opened: OpenedCheckpoint) -> str:
 
 
 def _check_values(
-    opened: OpenedCheckpoint, source: OpenedCheckpoint | None, architecture: Architecture | None, result: Verification, progress: Progress | None
-) -> None:
+    opened: OpenedCheckpoint, source: OpenedCheckpoint | RotatedWeights | None, architecture: Architecture | None, result: Verification,
+    progress: Progress | None,
+) -> None:  # fmt: skip
     told = (lambda done, total: progress("decoding layers", done, total)) if progress else None
     findings = examine_layers(opened, source, transposed_layers(architecture) if architecture else set(), told)
     for name, words in _VALUE_CHECKS.items():
@@ -160,22 +171,6 @@ def _check_values(
         result.add("lossless", [], words + (f"; others: {some(lossy, 3)}" if lossy else ""))
     if source is not None and (findings.errors or findings.problems["errors"]):
         result.add("layer errors", findings.problems["errors"], _error_words(findings.errors) if findings.errors else "")
-
-
-def _folded(opened: OpenedCheckpoint, source: OpenedCheckpoint | None, architecture: Architecture | None) -> set[str]:
-    """Tensors that the checkpoint's own recipe may have folded scales into: those of the blocks, where it has transforms the original had not."""
-    path = opened.reader.folder / "recipe.yaml"
-    try:
-        recipe = Recipe.load(str(path))
-    except QuantkitError:  # there is none, or it is of another tool
-        return set()
-    before = None if source is None or source.format is None else source.reader.folder / "recipe.yaml"
-    if before is not None and before.is_file() and before.read_bytes() == path.read_bytes():
-        return set()
-    if architecture is None or not any(rule.transforms for rule in recipe.rules):
-        return set()
-    paths = (f"{block.path}.{name}" for block in architecture.blocks for name, _ in block.module.named_parameters())
-    return {source for path in paths for source in architecture.stored.sources(path)}
 
 
 def _error_words(errors: dict[str, float]) -> str:
@@ -194,7 +189,7 @@ def _check_against(
     unlike, num_equal = unlike_tensors(opened, FileOrder(source, architecture) if architecture else source, folded | own)
     if unlike and all("norm" in problem.split()[0] for problem in unlike):
         unlike.insert(0, "only norms differ, as after AWQ or SmoothQuant, which fold scales into them; layer errors then say nothing, and KL does")
-    words = f"{num_equal} equal the original's bit for bit" + (", the blocks' own are not compared" if folded else "")
+    words = f"{num_equal} equal the original's bit for bit" + (", those that the recipe folds into are not compared" if folded else "")
     words += f", the {len(moved)} scales of its KV cache too" if moved else ""
     result.add("unquantized tensors", unlike, words)
     files = [path for path in side_files(source.reader.folder, exclude=_OWN_FILES) if not (opened.reader.folder / path).is_file()]

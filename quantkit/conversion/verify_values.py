@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from quantkit.conversion.rotating import RotatedWeights
 from quantkit.core.difference import difference
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.quantize import rounding_noise
@@ -40,7 +41,7 @@ class LayerFindings:
 
 def examine_layers(
     opened: OpenedCheckpoint,
-    source: OpenedCheckpoint | None,
+    source: OpenedCheckpoint | RotatedWeights | None,
     transposed: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> LayerFindings:

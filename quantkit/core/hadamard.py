@@ -2,8 +2,8 @@
 
 A randomised Hadamard matrix diag(s) H / sqrt(n) (QuaRot, Ashkboos et al. 2024) makes outliers of single channels vanish in all. Sylvester's doubling
 gives powers of two; Paley's constructions the orders 12, 20, 28, 36, ... that other widths have as a factor. Where they have none, the odd part is a
-discrete Hartley transform, whose entries are at most sqrt(2) times as large: it mixes all channels, as blocks of a power of two would not, and follows
-from a formula, as a random matrix would not.
+discrete Hartley transform, whose entries are at most sqrt(2) times as large: it mixes all channels, as blocks of a power of two would not, and
+follows from a formula, as a random matrix would not.
 """
 
 from __future__ import annotations

@@ -73,9 +73,9 @@ class _Probe:
                 if kind not in kinds:
                     kinds[kind] = self._block(index, block, with_heads)
                 folds |= {f"{block.path}.{name}": _within(block.path, fold) for name, fold in kinds[kind].items()}
-        width = self.rotation.size
-        heads = {name.removesuffix(".weight"): fold.inputs.size for name, fold in folds.items() if fold.inputs is not None and fold.outputs is not None}
-        return Rotated(folds, width, heads)
+        turned = {name: fold.inputs for name, fold in folds.items() if fold.outputs is not None}
+        heads = {name.removesuffix(".weight"): rotation.size for name, rotation in turned.items() if rotation is not None}
+        return Rotated(folds, self.rotation.size, heads)
 
     def _block(self, index: int, block: Block, with_heads: bool) -> Folds:
         self._fill(block.path)

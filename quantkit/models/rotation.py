@@ -124,7 +124,8 @@ def norm_folds(calls: dict[str, Call], norm: str, readers: Sequence[str], offset
     finally:
         module.weight.data = kept
     if not is_same(turned, rotation.turn(plain)):
-        raise DoesNotCommute(f"{norm} is a {type(module).__name__}, which does more than divide by the states' length, such as subtracting their mean")
+        more = "does more than divide by the states' length, such as subtracting their mean"
+        raise DoesNotCommute(f"{norm} is a {type(module).__name__}, which {more}")
     return {f"{norm}.weight": Fold(becomes=1 - offset)} | {f"{name}.weight": Fold(rotation, f"{norm}.weight", offset) for name in readers}
 
 
@@ -248,7 +249,7 @@ def _folded(block: nn.Module, folds: Folds) -> Iterator[None]:
     kept = {name: block.get_parameter(name).data for name in folds}
     try:
         for name, fold in folds.items():
-            block.get_parameter(name).data = fold.applied(kept[name], kept.get(fold.gain, None) if fold.gain else None)
+            block.get_parameter(name).data = fold.applied(kept[name], kept.get(fold.gain) if fold.gain else None)
         yield
     finally:
         for name, data in kept.items():

@@ -54,4 +54,5 @@ def test_the_seed_alone_decides() -> None:
 
 
 def test_words_say_how_a_matrix_is_made() -> None:
-    assert [in_words(size) for size in (256, 12, 768, 172, 3)] == ["Hadamard 256", "Hadamard 12", "Hadamard 12 x Hadamard 64", "Hartley 43 x Hadamard 4", "Hartley 3"]
+    words = {256: "Hadamard 256", 12: "Hadamard 12", 768: "Hadamard 12 x Hadamard 64", 172: "Hartley 43 x Hadamard 4", 3: "Hartley 3"}
+    assert {size: in_words(size) for size in words} == words

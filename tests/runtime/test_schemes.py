@@ -84,6 +84,12 @@ def test_every_scheme_of_weights_says_what_its_weights_say(
     expect(written(reference, tmp_path / "out", scheme, container), prompts[: NUM_PROMPTS if IS_FULL else 4], 8)
 
 
+def test_a_rotated_checkpoint_runs_with_its_head_of_its_own(reference: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    convert(str(reference), tmp_path / "out", ConvertOptions(recipe="w4a16-rtn", rotation="hadamard", measure=False))
+
+    expect(tmp_path / "out", prompts[: NUM_PROMPTS if IS_FULL else 4], 8)
+
+
 @pytest.mark.parametrize("recipe", ["quick-awq", "w4a16-gptq", "w4a16-mixed-gptq"])
 def test_calibrated_checkpoints_run_too(recipe: str, reference: Path, prompts: list[list[int]], tmp_path: Path) -> None:
     if recipe == "quick-awq":
