@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from quantkit.core.hadamard import Hadamard
 from quantkit.models.architecture import Architecture, Block
-from quantkit.models.folding import norm_sites, observe
+from quantkit.models.folding import Call, norm_sites, observe
 from quantkit.models.rotation import DoesNotCommute, Fold, Folds, find_folds, is_same, norm_folds
 from quantkit.models.streaming import BlockRunner
 
 _TOKENS = 16
+_UNLIKE_EXPERTS = 4
+"""So many experts have weights of their own, which the others share: a router that errs is seen, and hundreds of experts need no memory."""
 _PERIOD = 1_000_003
 """Random numbers that are repeated to fill weights: a prime, so that no two rows are alike."""
 
@@ -79,8 +82,11 @@ class _Probe:
 
     def _block(self, index: int, block: Block, with_heads: bool) -> Folds:
         self._fill(block.path)
+
+        def run(hidden: Tensor) -> Tensor:
+            return self.runner.block(index, hidden, self.ids, self.positions)
+
         try:
-            run = lambda hidden: self.runner.block(index, hidden, self.ids, self.positions)  # noqa: E731
             return find_folds(block.module, self.hidden, run, self.rotation, with_heads=with_heads)
         except DoesNotCommute as error:
             raise DoesNotCommute(f"{block.path}: {error}") from error
@@ -92,11 +98,14 @@ class _Probe:
         tables = {path: module for path, module in self.model.named_modules() if isinstance(module, nn.Embedding) and not self._is_inside(path)}
         embedding = self.model.get_input_embeddings()
         name = next((path for path, module in tables.items() if module is embedding), None)
-        if name is None or self.runner._keeps_embedding:
+        if name is None or self.runner.keeps_embedding:
             raise DoesNotCommute(f"the token embedding, a {type(embedding).__name__}, is read by more than the first block")
         given, rows = embedding(self.ids), embedding.weight[self.ids[0]][None]
         states = self.runner.embed(self.ids, self.positions)
-        turn = lambda module, args, output: self.rotation.turn(output) if output.shape[-1] == self.rotation.size else output  # noqa: E731
+
+        def turn(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return self.rotation.turn(output) if output.shape[-1] == self.rotation.size else output
+
         handles = [table.register_forward_hook(turn) for table in tables.values()]
         try:
             turned = self.runner.embed(self.ids, self.positions)
@@ -111,8 +120,7 @@ class _Probe:
     def _head(self) -> Folds:
         """The last norm and the head, whose output must stay the same."""
         path = next((path for path, module in self.model.named_modules() if module is self.model.get_output_embeddings()), "")
-        logits = lambda hidden: self.runner.logits(hidden, self.ids, self.positions)  # noqa: E731
-        calls, _ = observe(self.model, lambda: logits(self.hidden))
+        calls = self._on_the_way_to_the_head(self.hidden)
         sites = [site for site in norm_sites(calls, []) if path in site.readers and torch.equal(calls[site.source].x, self.hidden)]
         if not sites or not isinstance(self.model.get_output_embeddings(), nn.Linear):
             raise DoesNotCommute(f"the head {path} does not read the last hidden states behind a norm with gains")
@@ -120,11 +128,14 @@ class _Probe:
         folds = norm_folds(calls, site.source, site.readers, site.offset, self.rotation)
         norm = self.model.get_submodule(site.source)
         gain, norm.weight.data = norm.weight.data + site.offset, torch.full_like(norm.weight.data, 1 - site.offset)
-        turned, _ = observe(self.model, lambda: logits(self.rotation.turn(self.hidden)))
+        turned = self._on_the_way_to_the_head(self.rotation.turn(self.hidden))
         norm.weight.data = gain - site.offset
         if not is_same(self.rotation.turn_back(turned[path].x) * gain, calls[path].x):
             raise DoesNotCommute(f"the head {path} is given other states than the rotated ones")
         return folds
+
+    def _on_the_way_to_the_head(self, hidden: Tensor) -> dict[str, Call]:
+        return observe(self.model, lambda: self.runner.logits(hidden, self.ids, self.positions))[0]
 
     @contextmanager
     def _outside(self) -> Iterator[None]:
@@ -161,8 +172,12 @@ class _Probe:
 
     def _fill(self, path: str, *, recurse: bool = True) -> None:
         module = self.model.get_submodule(path)
+        made: dict[str, Tensor] = {}
         for name, parameter in list(module.named_parameters(recurse=recurse)):
-            set_module_tensor_to_device(module, name, "cpu", value=self._values(tuple(parameter.shape)))
+            kind = re.sub(r"(?<=experts\.)\d+", lambda number: str(int(number[0]) % _UNLIKE_EXPERTS), name)
+            if kind not in made:
+                made[kind] = self._values(tuple(parameter.shape))
+            set_module_tensor_to_device(module, name, "cpu", value=made[kind])
 
     def _values(self, shape: tuple[int, ...]) -> Tensor:
         """Matrices that keep the size of what they multiply; gains and biases about 1."""

@@ -35,16 +35,17 @@ class Fold:
     Attributes:
         inputs: the rotation of its K inputs.
         gain: the norm's weight whose gains, `offset` more than its values, multiply its inputs first.
-        outputs: the rotation of its outputs, or of those from `rows[0]` to `rows[1]`.
+        value_heads: the rotation of every head among its outputs, from `rows[0]` to `rows[1]`, before that of all its outputs.
+        outputs: the rotation of its outputs.
         becomes: the value that a norm's own weight takes.
     """
 
     inputs: Hadamard | None = None
     gain: str | None = None
     offset: float = 0.0
-    outputs: Hadamard | None = None
-    rows: tuple[int, int] | None = None
     value_heads: Hadamard | None = None
+    rows: tuple[int, int] | None = None
+    outputs: Hadamard | None = None
     becomes: float | None = None
     is_transposed: bool = False
 
@@ -52,14 +53,15 @@ class Fold:
         """In float32; `gain` is what is stored under that name."""
         if self.becomes is not None:
             return torch.full(value.shape, self.becomes)
-        value = value.float().T if self.is_transposed else value.float()
+        value = value.T if self.is_transposed else value
         if gain is not None:
-            value = value * (gain.float() + self.offset)
+            value = value.float() * (gain.float() + self.offset)
         if self.inputs is not None:
             value = self.inputs.turn(value)
         if self.value_heads is not None:
-            start, end = self.rows or (0, len(value))
-            value = torch.cat([value[:start], _turn_outputs(value[start:end], self.value_heads), value[end:]])
+            assert self.rows is not None
+            start, end = self.rows
+            value = torch.cat([value[:start].float(), _turn_outputs(value[start:end], self.value_heads), value[end:].float()])
         if self.outputs is not None:
             value = _turn_outputs(value, self.outputs)
         return value.T.contiguous() if self.is_transposed else value.contiguous()
@@ -84,10 +86,14 @@ def find_folds(block: nn.Module, hidden: Tensor, run: Callable[[Tensor], Tensor]
     Raises:
         DoesNotCommute: no folds give a block of rotated states.
     """
-    calls, output = observe(block, lambda: run(hidden))
+
+    def run_here() -> Tensor:
+        return run(hidden)
+
+    calls, output = observe(block, run_here)
     adding = [name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D) and num_outputs(module) == hidden.shape[-1]]
     with _answering(block, dict.fromkeys(adding, 0.0)):
-        silent, rest = observe(block, lambda: run(hidden))
+        silent, rest = observe(block, run_here)
     if not torch.equal(rest, hidden):
         raise DoesNotCommute(f"{_unlike_linear(block)}adds to the hidden states, or changes them, and is no linear")
     folds, readers = _reading(block, calls, [name for name, call in silent.items() if _is_norm(call) and _is_given(call, hidden)], rotation)
@@ -96,8 +102,8 @@ def find_folds(block: nn.Module, hidden: Tensor, run: Callable[[Tensor], Tensor]
         folds |= {f"{name}.{leaf}": Fold(outputs=rotation) for leaf in _parameters(block, name)}
     if with_heads:
         for names in writers:
-            site = linear_site(block, names[0], calls, lambda: run(hidden)) if len(names) == 1 and names[0] in calls else "one of many alike"
-            heads = _heads(block, site, output, lambda: run(hidden), rotation.seed) if isinstance(site, Site) else {}
+            site = linear_site(block, names[0], calls, run_here) if len(names) == 1 and names[0] in calls else "one of many alike"
+            heads = _heads(block, site, output, run_here, rotation.seed) if isinstance(site, Site) else {}
             folds |= {name: _merged(folds.get(name), fold) for name, fold in heads.items()}
     folds = {name: replace(fold, is_transposed=_is_transposed(block, name)) for name, fold in folds.items()}
     with _folded(block, folds):
@@ -246,10 +252,15 @@ def _answering(block: nn.Module, answers: dict[str, Tensor | float]) -> Iterator
 
 @contextmanager
 def _folded(block: nn.Module, folds: Folds) -> Iterator[None]:
+    """With every fold applied; parameters of experts that are one tensor still are."""
     kept = {name: block.get_parameter(name).data for name in folds}
+    made: dict[tuple[str, int], Tensor] = {}
     try:
         for name, fold in folds.items():
-            block.get_parameter(name).data = fold.applied(kept[name], kept.get(fold.gain) if fold.gain else None)
+            key = starred(name), kept[name].data_ptr()
+            if key not in made:
+                made[key] = fold.applied(kept[name], kept.get(fold.gain) if fold.gain else None)
+            block.get_parameter(name).data = made[key]
         yield
     finally:
         for name, data in kept.items():

@@ -143,6 +143,11 @@ class BlockRunner:
             fault = "read more of earlier states than what is passed on"
         raise SourceError(f"{self._name} cannot be run block by block: its blocks {fault}")
 
+    @property
+    def keeps_embedding(self) -> bool:
+        """Whether blocks read the embedding beside their states; known once settled."""
+        return self._keeps_embedding
+
     def places(self, index: int | None, position_ids: Tensor, rows_at_once: int) -> list[Place]:
         """What to give block `index`, or the embedding (None), at once: a few rows, or one text where it does not keep the texts of a row apart.
 
