@@ -121,6 +121,7 @@ class Plan:
             "format": self.format.name, "layers": layers, "left_alone": self.left_alone, "needs_calibration": self.needs_calibration,
             "kv_cache": None if self.kv_cache is None else self.kv_cache.name,
             "bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "linear_bpw": self.linear_bpw, "file_bpw": self.file_bpw,
+            "notes": self.notes,
         }  # fmt: skip
 
 

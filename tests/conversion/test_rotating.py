@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from quantkit.cli import main
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.errors import QuantkitError, RecipeError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from tests.conversion.conftest import contents, edit_config, edit_tensors, save_tiny
+from tests.conversion.test_kv_cache import in_transformers_cache, stored
 from tests.conversion.test_verify import failed
 
 Options = Callable[..., ConvertOptions]
@@ -196,7 +198,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, options: Option
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
 def test_verify_finds_a_tensor_that_is_not_the_rotated_originals(name: str, tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True)
+    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True, dtype=torch.bfloat16)
     convert(str(source), tmp_path / "out", ConvertOptions(recipe="w8a16", rotation="hadamard"))
     edit_tensors(tmp_path / "out", lambda tensors: tensors[name][..., 0].mul_(-1))
 
@@ -222,3 +224,28 @@ def test_what_was_measured_on_another_model_does_not_choose_schemes_for_the_rota
         convert(str(tiny), tmp_path / "out", options(**chosen, rotation="hadamard"))
     report = convert(str(tiny), tmp_path / "out", options(**chosen | {"allocation": str(tmp_path / "rotated.json")}, rotation="hadamard"))
     assert report.linear_bpw <= 6.0
+
+
+def test_the_scales_of_a_kv_cache_are_those_of_the_rotated_values(tmp_path: Path, tiny: Path, tokens: Path, options: Options) -> None:
+    convert(str(tiny), tmp_path / "plain", options(kv_cache="fp8", ignore=(".*",)))
+    convert(str(tiny), tmp_path / "out", options(kv_cache="fp8", ignore=(".*",), rotation="hadamard"))
+
+    rows = load_file(tokens)["input_ids"][:4]
+    for layer, (_, values) in enumerate(in_transformers_cache(dense_copy(tmp_path / "out", tmp_path / "dense"), rows)):
+        keys, found = stored(tmp_path / "out", layer)
+        torch.testing.assert_close(found.float(), values.max()[None] / 448, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(keys, stored(tmp_path / "plain", layer)[0], rtol=1e-3, atol=1e-7)  # no rotation reaches keys
+
+
+def test_a_dry_run_says_what_is_rotated_and_what_the_head_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True)
+
+    with pytest.raises(SystemExit):
+        main(["convert", str(source), "-o", str(tmp_path / "out"), "-r", "w8a16", "--rotation", "hadamard", "--dry-run", "--json"])
+
+    plan = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "out").exists()
+    assert plan["notes"][0] == "hidden states are rotated (Hadamard 64), and heads between values and attention's output (Hadamard 16)"
+    assert "lm_head.weight is stored too" in plan["notes"][1]
+    convert(str(source), tmp_path / "out", ConvertOptions(recipe="w8a16", rotation="hadamard"))
+    assert plan["bytes_after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
