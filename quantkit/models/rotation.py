@@ -101,10 +101,10 @@ def find_folds(block: nn.Module, hidden: Tensor, run: Callable[[Tensor], Tensor]
     for name in (name for names in writers for name in names):
         folds |= {f"{name}.{leaf}": Fold(outputs=rotation) for leaf in _parameters(block, name)}
     if with_heads:
-        for names in writers:
-            site = linear_site(block, names[0], calls, run_here) if len(names) == 1 and names[0] in calls else "one of many alike"
+        for name in (names[0] for names in writers if len(names) == 1 and names[0] in calls):  # not of experts
+            site = linear_site(block, name, calls, run_here)
             heads = _heads(block, site, output, run_here, rotation.seed) if isinstance(site, Site) else {}
-            folds |= {name: _merged(folds.get(name), fold) for name, fold in heads.items()}
+            folds |= {parameter: _merged(folds.get(parameter), fold) for parameter, fold in heads.items()}
     folds = {name: replace(fold, is_transposed=_is_transposed(block, name)) for name, fold in folds.items()}
     with _folded(block, folds):
         turned = run(rotation.turn(hidden))
@@ -179,21 +179,25 @@ def _writers(
 
 def _heads(block: nn.Module, site: Site, output: Tensor, run: Run, seed: int) -> Folds:
     """The folds that rotate each head between values and the attention's output: heads as large as they can be; none where there are no heads."""
-    assert site.rows is not None
+
+    def stays(folds: Folds) -> bool:
+        with _folded(block, folds):
+            return is_same(run(), output)
+
     count = site.num_scales
     sizes = [size for size in range(2, count + 1) if count % size == 0 and _keeps_together(site.index, size)]
-    for size in [*sizes[:1], *reversed(sizes)]:  # the smallest first, as nothing larger works where it does not
-        rotation = Hadamard(size, seed)
-        rows = (int(site.rows[0]), int(site.rows[-1]) + 1)
-        folds = {f"{site.source}.{leaf}": Fold(value_heads=rotation, rows=rows) for leaf in _parameters(block, site.source)}
-        folds |= {f"{reader}.weight": Fold(rotation) for reader in site.readers}
-        with _folded(block, {name: replace(fold, is_transposed=_is_transposed(block, name)) for name, fold in folds.items()}):
-            works = is_same(run(), output)
-        if not works and size == sizes[0]:
-            return {}
-        if works and (size != sizes[0] or len(sizes) == 1):
-            return folds
-    return {}
+    every = [_head_folds(block, site, Hadamard(size, seed)) for size in sizes]
+    if not every or not stays(every[0]):  # what is larger consists of those
+        return {}
+    return next(folds for folds in reversed(every) if stays(folds))
+
+
+def _head_folds(block: nn.Module, site: Site, rotation: Hadamard) -> Folds:
+    assert site.rows is not None
+    rows = (int(site.rows[0]), int(site.rows[-1]) + 1)
+    folds = {f"{site.source}.{leaf}": Fold(value_heads=rotation, rows=rows) for leaf in _parameters(block, site.source)}
+    folds |= {f"{reader}.weight": Fold(rotation) for reader in site.readers}
+    return {name: replace(fold, is_transposed=_is_transposed(block, name)) for name, fold in folds.items()}
 
 
 def _keeps_together(index: Tensor, size: int) -> bool:

@@ -71,11 +71,12 @@ def test_what_is_in_the_way_of_a_rotation_is_named(family: str) -> None:
         rotate(built(family), seed=0, with_heads=True)
 
 
+@pytest.mark.parametrize("size", [2, 6, 16])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_heads_are_found_as_large_as_they_are(groups: int) -> None:
-    rotated = rotate(built("llama", num_key_value_heads=groups), seed=0, with_heads=True)
+def test_heads_are_found_as_large_as_they_are(groups: int, size: int) -> None:
+    rotated = rotate(built("llama", num_key_value_heads=groups, head_dim=size), seed=0, with_heads=True)
 
-    assert rotated.heads == dict.fromkeys((f"model.layers.{i}.self_attn.o_proj" for i in range(2)), 16)
+    assert rotated.heads == dict.fromkeys((f"model.layers.{i}.self_attn.o_proj" for i in range(2)), size)
 
 
 def test_heads_stay_where_nobody_asks_for_them() -> None:
