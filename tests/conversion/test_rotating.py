@@ -249,3 +249,24 @@ def test_a_dry_run_says_what_is_rotated_and_what_the_head_costs(tmp_path: Path, 
     assert "lm_head.weight is stored too" in plan["notes"][1]
     convert(str(source), tmp_path / "out", ConvertOptions(recipe="w8a16", rotation="hadamard"))
     assert plan["bytes_after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("recipe", "times"), [("w8a8-int8", 8), ("w4a8", 2)])
+def test_a_rotation_takes_away_what_outlying_channels_cost(recipe: str, times: int, tmp_path: Path, options: Options) -> None:
+    def stretch(tensors: dict[str, torch.Tensor]) -> None:
+        """A few channels of every norm 40 times as large, and what reads them as much less: the same model."""
+        readers = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                   "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+        for layer in range(2):
+            for norm, linears in readers.items():
+                tensors[f"model.layers.{layer}.{norm}.weight"][:2] *= 40
+                for linear in linears:
+                    tensors[f"model.layers.{layer}.{linear}.weight"][:, :2] /= 40
+
+    source = edit_tensors(save_tiny(tmp_path / "tiny"), stretch)
+
+    plain = convert(str(source), tmp_path / "plain", options(recipe))
+    rotated = convert(str(source), tmp_path / "rotated", options(recipe, rotation="hadamard"))
+
+    assert plain.divergence is not None and rotated.divergence is not None
+    assert rotated.divergence["kl_mean"] < plain.divergence["kl_mean"] / times
