@@ -13,7 +13,6 @@ from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.recipe import Recipe, list_recipes
 from quantkit.conversion.transforms import sites_of, transform_of
 from quantkit.errors import RecipeError
-from quantkit.formats.streamed import FileOrder
 from quantkit.models.architecture import Block
 from quantkit.models.streaming import BlockRunner
 
@@ -33,7 +32,7 @@ def require_places(prepared: Prepared, dtype: torch.dtype, stage: Callable[[str]
     if not plan.moved:
         return
     stage("looking for places that scales can be folded into")
-    runner, weights = BlockRunner(architecture, device=prepared.device, dtype=dtype), FileOrder(prepared.source, architecture)
+    runner, weights = BlockRunner(architecture, device=prepared.device, dtype=dtype), prepared.weights
     positions = torch.arange(min(_NUM_TOKENS, architecture.context))[None]
     ids = positions % int(architecture.config.get_text_config().vocab_size)
     runner.load_outside(weights)
@@ -82,6 +81,6 @@ def _refusal(model: str, recipe: Recipe, plan: Plan, why_not: dict[str, str]) ->
 def _plain_recipes(recipe: Recipe) -> list[str]:
     """Shipped recipes of the same schemes that transform nothing, plain GPTQ first."""
     schemes = {rule.scheme for rule in recipe.rules}
-    plain = [other for other in list_recipes() if not any(rule.transforms for rule in other.rules)]
+    plain = [other for other in list_recipes() if other.rotation is None and not any(rule.transforms for rule in other.rules)]
     alike = [other.name for other in plain if {rule.scheme for rule in other.rules} == schemes]
     return sorted(alike, key=lambda name: not name.endswith("gptq"))
