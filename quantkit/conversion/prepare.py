@@ -94,6 +94,7 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
         _require_experts(architecture, origin)
     rotation = None
     if recipe.rotation is not None:
+        _plan(opened, architecture, recipe, options, None)  # refuses what needs no look at how the model computes
         rotation = plan_rotation(recipe.rotation, architecture, opened, origin.name, trust_remote_code=options.trust_remote_code)
         architecture = rotation.architecture
     plan = _plan(opened, architecture, recipe, options, rotation)
