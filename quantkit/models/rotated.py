@@ -94,7 +94,7 @@ class _Probe:
             self.runner.unload(block.path)
 
     def _embeddings(self) -> Folds:
-        """Every table of embeddings outside the blocks, if what enters the first block is rotated when they are."""
+        """Every table of embeddings that is read before the first block, if what enters that is rotated when they are."""
         tables = {path: module for path, module in self.model.named_modules() if isinstance(module, nn.Embedding) and not self._is_inside(path)}
         embedding = self.model.get_input_embeddings()
         name = next((path for path, module in tables.items() if module is embedding), None)
@@ -102,9 +102,13 @@ class _Probe:
             raise DoesNotCommute(f"the token embedding, a {type(embedding).__name__}, is read by more than the first block")
         given, rows = embedding(self.ids), embedding.weight[self.ids[0]][None]
         states = self.runner.embed(self.ids, self.positions)
+        read: set[nn.Module] = set()
 
         def turn(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return self.rotation.turn(output) if output.shape[-1] == self.rotation.size else output
+            if output.shape[-1] != self.rotation.size:
+                return output
+            read.add(module)
+            return self.rotation.turn(output)
 
         handles = [table.register_forward_hook(turn) for table in tables.values()]
         try:
@@ -115,7 +119,7 @@ class _Probe:
         is_plain = is_same((given * rows).sum() / rows.square().sum() * rows, given)
         if not is_plain or not is_same(turned, self.rotation.turn(states)):
             raise DoesNotCommute(f"{name} does not become the hidden states as it is, but for a number")
-        return {f"{path}.weight": Fold(self.rotation) for path in tables}
+        return {f"{path}.weight": Fold(self.rotation) for path, table in tables.items() if table in read}
 
     def _head(self) -> Folds:
         """The last norm and the head, whose output must stay the same."""
