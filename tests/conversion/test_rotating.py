@@ -270,3 +270,20 @@ def test_a_rotation_takes_away_what_outlying_channels_cost(recipe: str, times: i
 
     assert plain.divergence is not None and rotated.divergence is not None
     assert rotated.divergence["kl_mean"] < plain.divergence["kl_mean"] / times
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("container", ["compressed-tensors", "bitsandbytes"])
+def test_transformers_loads_what_was_rotated_and_quantized(container: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True)
+    name = "w4a16-rtn" if container == "compressed-tensors" else "nf4"
+    convert(str(source), tmp_path / "out", ConvertOptions(recipe=name, format=container, rotation="hadamard"))
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        loaded = model(torch.arange(3, 63).reshape(2, 30)).logits
+
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    expected = logits_of(dense_copy(tmp_path / "out", tmp_path / "dense"))
+    error = float((loaded - expected).norm() / expected.norm())
+    assert error < (1e-5 if container == "compressed-tensors" else 0.02)  # bitsandbytes' 4-bit models run in bfloat16
