@@ -89,7 +89,7 @@ def show_plan(prepared: Prepared) -> None:
     if prepared.needs_measurement:
         results.print("a measurement is needed before schemes can be chosen; layers and size above are a stand-in for the choice")
     calibrated = f"would be calibrated on up to {data.num_samples} rows of {data.source or 'the built-in mix'}"
-    results.print(calibrated if plan.needs_calibration or prepared.needs_measurement else "needs no calibration data; the model is never built")
+    results.print(calibrated if plan.needs_calibration or prepared.needs_measurement else "needs no calibration data")
     for note in plan.notes:
         results.print(f"note: {note}")
     if not prepared.needs_measurement:

@@ -62,9 +62,8 @@ def _one_of_each_kind(blocks: list[Block], plan: Plan) -> Iterator[int]:
     seen = set()
     for index, block in enumerate(blocks):
         asked = tuple(linear.path.removeprefix(block.path) for linear in block.linears if transform_of(plan, linear.name) is not None)
-        kind = (type(block.module), tuple((name, parameter.shape) for name, parameter in block.module.named_parameters()), asked)
-        if asked and kind not in seen:
-            seen.add(kind)
+        if asked and (block.kind, asked) not in seen:
+            seen.add((block.kind, asked))
             yield index
 
 

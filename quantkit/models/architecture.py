@@ -7,7 +7,7 @@ else holds a matrix is named as left alone. Anything transformers can build as a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,14 @@ class Block:
     """Matrices that are not Linears, or must not be quantized, by checkpoint name, with the reason."""
     routers: list[str]
     """Paths of the modules that score experts, Linears or not."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for blocks that are built alike, whatever their weights."""
+        return tuple(
+            (name, type(module), *((leaf, tuple(parameter.shape)) for leaf, parameter in module.named_parameters(recurse=False)))
+            for name, module in self.module.named_modules()
+        )
 
 
 @dataclass(eq=False, slots=True)

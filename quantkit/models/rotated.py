@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,12 +70,11 @@ class _Probe:
         with self._outside(), self._echoing_head():
             self.runner.settle(self.hidden, self.ids, self.positions)
             folds = self._embeddings() | self._head()
-            kinds: dict[Any, Folds] = {}
+            kinds: dict[Hashable, Folds] = {}
             for index, block in enumerate(self.architecture.blocks):
-                kind = _kind(block)
-                if kind not in kinds:
-                    kinds[kind] = self._block(index, block, with_heads)
-                folds |= {f"{block.path}.{name}": _within(block.path, fold) for name, fold in kinds[kind].items()}
+                if block.kind not in kinds:
+                    kinds[block.kind] = self._block(index, block, with_heads)
+                folds |= {f"{block.path}.{name}": _within(block.path, fold) for name, fold in kinds[block.kind].items()}
         turned = {name: fold.inputs for name, fold in folds.items() if fold.outputs is not None}
         heads = {name.removesuffix(".weight"): rotation.size for name, rotation in turned.items() if rotation is not None}
         return Rotated(folds, self.rotation.size, heads)
@@ -193,14 +192,6 @@ class _Probe:
         start = int(torch.randint(_PERIOD, (), generator=self.random))
         first = self.base[start : start + count]
         return torch.cat([first, self.base.repeat(-(-(count - len(first)) // _PERIOD))])[:count].view(shape)
-
-
-def _kind(block: Block) -> Any:
-    """Equal for blocks whose folds are the same."""
-    return tuple(
-        (name, type(module), *((leaf, tuple(parameter.shape)) for leaf, parameter in module.named_parameters(recurse=False)))
-        for name, module in block.module.named_modules()
-    )
 
 
 def _within(path: str, fold: Fold) -> Fold:
