@@ -17,7 +17,7 @@ from quantkit.conversion.kv_cache import KVCachePlan, plan_kv_cache
 from quantkit.conversion.layer_plan import LayerPlan, check_format, decide_layers
 from quantkit.conversion.recipe import Recipe
 from quantkit.core.scheme import Scheme
-from quantkit.formats.base import Format, plan_shapes
+from quantkit.formats.base import Format, is_of_weights, plan_shapes
 from quantkit.formats.kv_scales import KV_CACHES, kv_scale_names
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import get_format
@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def linear_bpw(self) -> float:
-        """All bits stored for the quantized linears over the number of their weights."""
+        """All bits stored of the quantized linears' weights (`formats.base.is_of_weights`) over their number."""
         return self.bits_of_layers / max(1, self.weights_of_layers)
 
     @property
@@ -245,6 +245,6 @@ def _plan_layer(plan: Plan, layer: LayerPlan, model_dtype: torch.dtype) -> None:
     for local, (dtype, shape) in plan_shapes(plan.format, layer.scheme, layer.linear.shape, model_dtype, layer.kept).items():
         tensor = TensorPlan(f"{layer.linear.name}.{local}", dtype, shape)
         plan.tensors.append(tensor)
-        plan.bits_of_layers += 8 * tensor.nbytes
+        plan.bits_of_layers += 8 * tensor.nbytes if is_of_weights(local) else 0
     plan.weights_of_layers += rows * columns
     plan.parameters += rows * columns

@@ -15,7 +15,7 @@ from quantkit.conversion.plan import Plan
 from quantkit.conversion.recipe import Recipe, Rule
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError, RecipeError
-from quantkit.formats.base import Format, plan_shapes
+from quantkit.formats.base import Format, is_of_weights, plan_shapes
 from quantkit.formats.fusion import fused_groups
 from quantkit.formats.registry import get_format
 
@@ -93,9 +93,9 @@ def _options(
 
 
 def stored_bits(fmt: Format, layer: LayerPlan, model_dtype: torch.dtype) -> int:
-    """Everything that the container stores for a layer."""
-    parts = plan_shapes(fmt, layer.scheme, layer.linear.shape, model_dtype).values()
-    return sum(8 * dtype.itemsize * prod(shape) for dtype, shape in parts)
+    """What the container stores of a layer's weights."""
+    parts = plan_shapes(fmt, layer.scheme, layer.linear.shape, model_dtype).items()
+    return sum(8 * dtype.itemsize * prod(shape) for name, (dtype, shape) in parts if is_of_weights(name))
 
 
 def _joined(names: Iterable[str]) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ Infos = Mapping[str, TensorInfo]
 """What the headers say of a layer's tensors, by their names under the module."""
 Read = Callable[[str], Tensor]
 """A stored tensor by name."""
+_DESCRIBING = ("weight_shape", "weight_format", "weight.quant_map", "weight.nested_quant_map", "weight.quant_state")
 KeptTypes = tuple[torch.dtype, torch.dtype]
 """Of a layer's scales, and of the calibrated scale of its input."""
 
@@ -76,6 +77,13 @@ class Format(Protocol):
     def part_names(self, scheme: Scheme) -> tuple[str, ...]:
         """Every tensor name, under the module, that may belong to a layer of this scheme."""
         ...
+
+
+def is_of_weights(name: str) -> bool:
+    """Whether a part of a layer, by its name under the module, is of its weights: codes, scales, zero points, permutations. What else containers write
+    beside each layer, shapes and tables that are the same everywhere, is counted among the bytes of files and not among bits a weight.
+    """
+    return not name.startswith(_DESCRIBING)
 
 
 @cache

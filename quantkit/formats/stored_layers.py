@@ -11,7 +11,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.safetensors_header import TensorInfo
 from quantkit.core.packing import packed_words
 from quantkit.errors import CheckpointError, FormatError, QuantkitError
-from quantkit.formats.base import plan_shapes
+from quantkit.formats.base import is_of_weights, plan_shapes
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture, Linear
 
@@ -83,7 +83,7 @@ def plain_linears(reader: CheckpointReader, names: Iterable[str]) -> tuple[str, 
 
 
 def quantized_linears(reader: CheckpointReader, architecture: Architecture) -> list[tuple[Linear, int]]:
-    """The model's linears that are stored as something else than one floating-point weight, with the bytes stored for each, biases aside."""
+    """The model's linears that are stored as something else than one floating-point weight, with the bytes stored of each's weights."""
     by_module: dict[str, list[str]] = {}
     linears = [linear for block in architecture.blocks for linear in block.linears] + architecture.outside
     known = {linear.name for linear in linears}
@@ -95,7 +95,7 @@ def quantized_linears(reader: CheckpointReader, architecture: Architecture) -> l
     for linear in linears:
         infos = [reader.info(name) for name in by_module.get(linear.name, ())]
         if infos and not (len(infos) == 1 and infos[0].dtype in _FLOATS):
-            found.append((linear, sum(info.nbytes for info in infos)))
+            found.append((linear, sum(info.nbytes for info in infos if is_of_weights(info.name.removeprefix(f"{linear.name}.")))))
     return found
 
 

@@ -1,8 +1,8 @@
 """What a checkpoint is: container, layers, bytes, bits per weight, and which engines load it. Reads headers, never weights.
 
 Any checkpoint is told about: quantized by whom it may be, unquantized, or in a container that is not decoded. Bits per weight: *linear* counts all
-bits stored for the quantized linears (codes, scales, zero points, permutations, shapes) over the number of their weights; *file* counts all bytes of
-the weight files over all parameters, a tied one once.
+bits stored for the quantized linears (codes, scales, zero points, permutations) over the number of their weights; *file* counts all bytes of the
+weight files over all parameters, a tied one once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import FormatError, RecipeError, SourceError
+from quantkit.formats.base import is_of_weights
 from quantkit.formats.engine_rules import Stored, StoredLayer
 from quantkit.formats.engines import CONTAINERS, Verdict, verdicts
 from quantkit.formats.gguf_files import gguf_files, read_gguf_head
@@ -39,7 +40,7 @@ from quantkit.models.architecture import Architecture, describe, load_config
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """One quantized linear [N, K]: its scheme (or its container's word for it) and all bytes stored for it, biases aside."""
+    """One quantized linear [N, K]: its scheme (or its container's word for it) and all bytes stored of its weights, descriptions and biases aside."""
 
     name: str
     shape: tuple[int, int]
@@ -134,7 +135,8 @@ def summarize(path: Path) -> Summary:
 def _of_opened(opened: OpenedCheckpoint) -> Summary:
     reader, dense = opened.reader, opened.dense_names
     shapes = {name: stored_shape(opened, name) for name in opened.schemes}
-    sizes = {name: sum(reader.info(part).nbytes for part in opened.parts(name)) for name in opened.schemes}
+    parts = {name: [part for part in opened.parts(name) if is_of_weights(part.removeprefix(f"{name}."))] for name in opened.schemes}
+    sizes = {name: sum(reader.info(part).nbytes for part in found) for name, found in parts.items()}
     layers = tuple(LayerSummary(name, shapes[name], scheme.name, sizes[name]) for name, scheme in opened.schemes.items())
     config = reader.quantization_config or {}
     contradictions = wrong_parts(opened)
