@@ -76,6 +76,7 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
         overrides=options.overrides, ignore=options.ignore, group_size=options.group_size, budget=options.budget, kv_cache=options.kv_cache,
         rotation=options.rotation, moe_calibrate_all_experts=options.moe_calibrate_all_experts,
     )  # fmt: skip
+    options = replace(options, format=options.format or recipe.format)
     if options.allocation is not None and recipe.allocate is None:
         raise UsageError(f"allocation {options.allocation} is given and no budget; add --target-bpw or --max-kl, or take a recipe that allocates")
     device = find_device(options.device)

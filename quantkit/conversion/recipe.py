@@ -18,6 +18,7 @@ from quantkit.core.scheme import CHANNEL, Scheme
 from quantkit.core.scheme_names import parse_scheme, takes_group, with_group
 from quantkit.errors import RecipeError, UsageError, did_you_mean
 from quantkit.formats.kv_scales import kv_cache_name
+from quantkit.formats.registry import get_format
 from quantkit.paths import packaged
 
 
@@ -76,6 +77,7 @@ class Recipe(BaseModel):
         moe_calibrate_all_experts: let every expert see every calibration token, whoever it is routed to; nothing where there are no experts.
         allocate: choose schemes by measurement; those of the rules then only say which family, and how layers are rounded.
         rotation: fold a rotation of the hidden states into all weights first: "hadamard", or a mapping of that name, `seed` and `heads`; or "none".
+        format: the container where none is asked for; without it compressed-tensors.
         kv_cache_scheme: the KV cache to calibrate scales for: "fp8", "fp8-head", the mapping that a checkpoint's config has of it, or "none".
     """
 
@@ -88,12 +90,21 @@ class Recipe(BaseModel):
     moe_calibrate_all_experts: bool = False
     allocate: Allocate | None = None
     rotation: Rotation | None = None
+    format: str | None = None
     kv_cache_scheme: str | None = None
 
     @field_validator("rotation", mode="before")
     @classmethod
     def _can_be_rotated(cls, value: Any) -> Any:
         return rotation_named(value)
+
+    @field_validator("format")
+    @classmethod
+    def _is_written(cls, value: str | None) -> str | None:
+        try:
+            return value and get_format(value).name
+        except UsageError as error:
+            raise RecipeError(str(error)) from error
 
     @field_validator("kv_cache_scheme", mode="before")
     @classmethod

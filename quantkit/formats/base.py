@@ -80,10 +80,10 @@ class Format(Protocol):
 
 
 def is_of_weights(name: str) -> bool:
-    """Whether a part of a layer, by its name under the module, is of its weights: codes, scales, zero points, permutations. What else containers write
-    beside each layer, shapes and tables that are the same everywhere, is counted among the bytes of files and not among bits a weight.
+    """Whether a stored tensor is of the weights: codes, scales, zero points, permutations. What else containers write beside a layer, shapes and tables
+    that are the same everywhere, is counted among the bytes of files and not among bits a weight.
     """
-    return not name.startswith(_DESCRIBING)
+    return not any(f".{part}" in f".{name}" for part in _DESCRIBING)
 
 
 @cache

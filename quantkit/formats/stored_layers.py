@@ -95,7 +95,7 @@ def quantized_linears(reader: CheckpointReader, architecture: Architecture) -> l
     for linear in linears:
         infos = [reader.info(name) for name in by_module.get(linear.name, ())]
         if infos and not (len(infos) == 1 and infos[0].dtype in _FLOATS):
-            found.append((linear, sum(info.nbytes for info in infos if is_of_weights(info.name.removeprefix(f"{linear.name}.")))))
+            found.append((linear, sum(info.nbytes for info in infos if is_of_weights(info.name))))
     return found
 
 

@@ -135,7 +135,7 @@ def summarize(path: Path) -> Summary:
 def _of_opened(opened: OpenedCheckpoint) -> Summary:
     reader, dense = opened.reader, opened.dense_names
     shapes = {name: stored_shape(opened, name) for name in opened.schemes}
-    parts = {name: [part for part in opened.parts(name) if is_of_weights(part.removeprefix(f"{name}."))] for name in opened.schemes}
+    parts = {name: [part for part in opened.parts(name) if is_of_weights(part)] for name in opened.schemes}
     sizes = {name: sum(reader.info(part).nbytes for part in found) for name, found in parts.items()}
     layers = tuple(LayerSummary(name, shapes[name], scheme.name, sizes[name]) for name, scheme in opened.schemes.items())
     config = reader.quantization_config or {}

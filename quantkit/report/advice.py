@@ -15,6 +15,7 @@ from quantkit.conversion.prepare import Prepared, plan_conversion
 from quantkit.conversion.recipe import list_recipes
 from quantkit.conversion.targets import stored_by
 from quantkit.errors import FormatError, RecipeError, UsageError, did_you_mean
+from quantkit.formats.base import is_of_weights
 from quantkit.formats.engine_rules import Stored
 from quantkit.formats.engines import ENGINES, verdicts
 from quantkit.formats.registry import CONTAINERS
@@ -123,7 +124,7 @@ def _of_plan(prepared: Prepared, needs: Needs, loss: float | None) -> Advice:
     stored = stored_by(plan, prepared.source.dtype)
     activations = [layer.scheme.activation for layer in plan.layers.values()]
     is_integer = all(each is not None and each.kind == "int" and each.outliers is None for each in activations)
-    matrices = [(each.name, each.shape, each.nbytes) for each in plan.tensors]
+    matrices = [(each.name, each.shape, each.nbytes) for each in plan.tensors if is_of_weights(each.name)]
     return _advice(prepared, needs, stored, plan.bytes_after, matrices, prepared.recipe.name, plan.format.name, loss, is_integer=is_integer)
 
 

@@ -15,6 +15,7 @@ from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.plan import Plan
 from quantkit.conversion.prepare import plan_conversion
+from quantkit.conversion.recipe import Recipe
 from quantkit.conversion.verify import VerifyOptions, verify
 from quantkit.errors import RecipeError, UsageError
 from tests.conversion.conftest import edit_config, edit_tensors, save_tiny
@@ -207,3 +208,16 @@ def test_planned_bytes_are_those_of_the_files(stories: Path, tmp_path: Path) -> 
 
     assert plan_conversion(str(stories), options).plan.bytes_after == report.bytes_after == CheckpointReader(tmp_path / "out").total_bytes
     assert report.bytes_before == CheckpointReader(stories).total_bytes
+
+
+@pytest.mark.parametrize(("recipe", "asked", "container"), [
+    ("nf4", None, "bitsandbytes"), ("fp4", None, "bitsandbytes"), ("int8", None, "bitsandbytes"), ("w4a16-rtn", None, "compressed-tensors"),
+    ("w4a16-rtn", "gptq", "gptq"), ("nf4", "bitsandbytes", "bitsandbytes"),
+])  # fmt: skip
+def test_a_recipe_goes_into_its_own_container_unless_another_is_asked_for(tiny: Path, recipe: str, asked: str | None, container: str) -> None:
+    assert planned(tiny, recipe, format=asked).format.name == container
+
+
+def test_a_container_that_a_recipe_names_and_nothing_writes_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"recipe nf5.*gguf-like.*bitsandbytes"):
+        Recipe.parse("name: nf5\nformat: gguf-like\nrules: [{pattern: '.*', scheme: nf4}]", "nf5")
