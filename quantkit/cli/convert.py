@@ -35,7 +35,7 @@ ENGINES = "vLLM, SGLang, transformers, TGI, llama.cpp, GPTQModel, quantkit"
 @click.argument("source")
 @click.option("-o", "--out", required=True, type=click.Path(), help="Folder to write; it must not exist.")
 @click.option("-r", "--recipe", show_default="w4a16-gptq", help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
-@click.option("-f", "--format", "format_name", show_default="the recipe's or compressed-tensors", help=f"Container: {CONTAINERS} (plain weights).")
+@click.option("-f", "--format", "format_name", show_default="recipe's or compressed-tensors", help=f"Container: {CONTAINERS} (ordinary weights).")
 @click.option("--target-engine", "target_engines", multiple=True, metavar="ENGINE", help=f"Refuse what it would not load: {ENGINES}. Repeatable.")
 @click.option("--calib", metavar="DATA", help="Text, JSON(L), CSV or parquet file or folder, data set's name, or token file. Default: built-in mix.")
 @click.option("--text-column", help="Column of the calibration data that holds the text or the conversation.")

@@ -80,8 +80,8 @@ class Format(Protocol):
 
 
 def is_of_weights(name: str) -> bool:
-    """Whether a stored tensor is of the weights: codes, scales, zero points, permutations. What else containers write beside a layer, shapes and tables
-    that are the same everywhere, is counted among the bytes of files and not among bits a weight.
+    """Whether a stored tensor is of the weights: codes, scales, zero points, permutations. What else containers write beside a layer, shapes and
+    tables that are the same everywhere, is counted among the bytes of files and not among bits a weight.
     """
     return not any(f".{part}" in f".{name}" for part in _DESCRIBING)
 
