@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.conversion.recipe import Recipe, Rule
 from quantkit.core.scheme import UNQUANTIZED, Scheme
 from quantkit.core.scheme_names import FALLBACK_GROUPS, fit_group, parse_scheme, takes_group, with_group
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.base import Format, KeptTypes
+from quantkit.formats.fusion import fused_groups
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.methods.base import Rounding, Transform
 from quantkit.methods.registry import get_rounding, get_transform
@@ -56,6 +57,7 @@ def decide_layers(
     chosen = {linear.name: recipe.rule_for(linear.name) for linear in linears}
     _refuse_groups(linears, chosen)
     common_group = None if fmt.holds_mixed else _common_group(linears, chosen)
+    misfits: dict[str, str] = {}
     for linear in linears:
         rule = chosen[linear.name]
         if rule is None or rule.scheme == "none":
@@ -70,10 +72,13 @@ def decide_layers(
             if layer.scheme.is_quantized and why is None:
                 layers[linear.name] = layer
             else:
-                left_alone[linear.name] = ", and ".join(words for words in (layer.note, why) if words)
+                misfits[linear.name] = ", and ".join(words for words in (layer.note, why) if words)
+    _fall_together(layers, misfits)
+    left_alone |= misfits
     if not fmt.holds_mixed:
         _leave_all_but_one_scheme(layers, left_alone, fmt)
-    if not layers and recipe.kv_cache_scheme is None and recipe.rotation is None:
+    asks_for_weights = any(rule is not None and rule.scheme != "none" for rule in chosen.values())
+    if not layers and (asks_for_weights or (recipe.kv_cache_scheme is None and recipe.rotation is None)):
         raise RecipeError(_nothing_left(recipe, left_alone))
     return layers, left_alone
 
@@ -138,6 +143,24 @@ def _common_group(linears: list[Linear], chosen: dict[str, Rule | None]) -> int 
     if not groups or all(count % max(groups) == 0 for count in columns):
         return None
     return next((group for group in FALLBACK_GROUPS if group < max(groups) and all(count % group == 0 for count in columns)), None)
+
+
+def _fall_together(layers: dict[str, LayerPlan], misfits: dict[str, str]) -> None:
+    """Layers that engines join keep to one scheme where one of them cannot have what its rule says: they take what it takes, or stay as they are too.
+
+    Args:
+        misfits: layers that the container has no scheme for, with the reason.
+    """
+    for members in fused_groups([*layers, *misfits]).values():
+        left = next((name for name in members if name in misfits), None)
+        fallen = next((layers[name] for name in members if name in layers and layers[name].note is not None), None)
+        for name in (name for name in members if name in layers):
+            if left is not None:
+                del layers[name]
+                misfits[name] = f"engines join it with {left}, where {misfits[left]}"
+            elif fallen is not None and layers[name].note is None and layers[name].rounding == fallen.rounding:
+                note = f"engines join it with {fallen.linear.name}, where {fallen.note}"
+                layers[name] = replace(layers[name], scheme=fallen.scheme, note=note)
 
 
 def _leave_all_but_one_scheme(layers: dict[str, LayerPlan], left_alone: dict[str, str], fmt: Format) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from quantkit.conversion.layer_plan import LayerPlan
 from quantkit.conversion.nearest import nearest_scheme
 from quantkit.conversion.options import ConvertOptions
@@ -47,6 +49,7 @@ def plan_plain(source: OpenedCheckpoint, architecture: Architecture, options: Co
     scales = [name for name in source.dense_names if is_kv_scale(name)] if source.format is not None else []
     plan = lay_out(source, architecture, PLAIN, {}, {}, max_shard_size=options.max_shard_size, dtype=options.carried_dtype, left_out=scales)
     _note_scales(plan, scales, source)
+    _note_types(plan, source)
     return plan
 
 
@@ -77,6 +80,7 @@ def plan_moves(source: OpenedCheckpoint, architecture: Architecture, options: Co
     if any(layer.kept and has_order(source, name) for name, layer in layers.items()):
         plan.settings["desc_act"] = True
     _note_scales(plan, scales, source)
+    _note_types(plan, source)
     return plan
 
 
@@ -89,6 +93,20 @@ def _require_whole(source: OpenedCheckpoint) -> None:
 def _note_scales(plan: Plan, scales: list[str], source: OpenedCheckpoint) -> None:
     if scales or (plan.format.name not in HOLDS_KV_SCALES and kv_scheme(source.reader.quantization_config) is not None):
         plan.notes.append(f"the scheme of the KV cache and its {len(scales)} scales are left out: {plan.format.name} has no place for them")
+
+
+def _note_types(plan: Plan, source: OpenedCheckpoint) -> None:
+    """Layers are compared bit for bit; what was never quantized, and takes a type that holds less, is only told of."""
+    dense = [name for name in source.dense_names if name in plan.planned]
+    narrowed = [name for name in dense if _narrows(source.reader.info(name).dtype, plan.planned[name].dtype)]
+    if narrowed:
+        kinds = {source.reader.info(name).dtype: plan.planned[name].dtype for name in narrowed}
+        told = " and ".join(f"from {before} to {after}".replace("torch.", "") for before, after in kinds.items())
+        plan.notes.append(f"{len(narrowed)} tensors that were not quantized are rounded, {told}")
+
+
+def _narrows(before: torch.dtype, after: torch.dtype) -> bool:
+    return before.is_floating_point and torch.promote_types(before, after) != after
 
 
 def _linears(source: OpenedCheckpoint, architecture: Architecture) -> dict[str, Linear]:
@@ -153,9 +171,10 @@ def _refusal(name: str, move: _Move, source: OpenedCheckpoint, architecture: Arc
     more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
     holding = [each for each in CONTAINERS if not _into(each, source, architecture, linears).obstacles]
     elsewhere = f"Every layer goes as it is into {' or '.join(holding)}" if holding else "No container holds every layer as it is"
-    movable = move.obstacles.keys() - move.misplaced
-    again = {scheme.name for layer in movable if (scheme := nearest_scheme(move.fmt, source.schemes[layer], linears[layer].shape))}
-    requantize = f"--requantize quantizes them again, to {' and '.join(sorted(again))}"
-    requantize = requantize if again and not move.misplaced else "bf16 takes them as ordinary weights"
+    try:
+        again = {layer.scheme.name for layer in _layers(move, source, linears).values() if layer.kept is None}
+        requantize = f"--requantize quantizes them again, to {' and '.join(sorted(again))}"
+    except FormatError:
+        requantize = "bf16 takes them as ordinary weights"
     of = f"{len(move.obstacles)} of {len(linears)} layers of {name}"
     return f"{move.fmt.name} cannot hold {of} without loss: {told}{more}. {elsewhere}; {requantize}"

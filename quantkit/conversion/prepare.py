@@ -107,6 +107,8 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     else:
         _targeted(prepared)
     plan = prepared.plan
+    if options.requantize and opened.format is None:
+        plan.notes.append(f"{origin.name} is not quantized, so there is nothing that --requantize changes")
     if options.calibration.source is not None and not plan.needs_calibration:
         plan.notes.append(f"recipe {recipe.name} needs no calibration, so {options.calibration.source} is not read")
     return prepared

@@ -164,6 +164,30 @@ def uniform_fusion(stored: Stored) -> str | None:
     return None
 
 
+def one_scheme_with_experts(stored: Stored) -> str | None:
+    """By loading such checkpoints with transformers 5.24, which stacks experts before it knows which scheme is whose."""
+    reason = one_scheme(stored)
+    return f"with experts {reason}" if reason is not None and _experts(stored) else None
+
+
+def no_experts(stored: Stored) -> str | None:
+    """By loading such checkpoints with transformers 5.24: 4-bit experts do not load, 8-bit ones fail on the first token."""
+    experts = _experts(stored)
+    return f"stacks experts and cannot do so with what bitsandbytes stores of each; {experts[0].name} is one" if experts else None
+
+
+def no_nvfp4_experts(stored: Stored) -> str | None:
+    """By loading such checkpoints with transformers 5.24, which is sane about other layers."""
+    experts = [layer for layer in _experts(stored) if layer.scheme.name == "nvfp4"]
+    return f"leaves out the global scale of NVFP4 experts and talks nonsense; {experts[0].name} is one" if experts else None
+
+
+def marlin_experts(stored: Stored) -> str | None:
+    """From vLLM's sources: experts have kernels of their own, which take less than other layers' do."""
+    wrong = [layer for layer in _experts(stored) if (spec := layer.scheme.weight) and not (spec.symmetric and spec.bits in (4, 8))]
+    return f"takes experts of 4 and 8 symmetric bits; {wrong[0].name} is {wrong[0].scheme.name}" if wrong else None
+
+
 def plain_head(stored: Stored) -> str | None:
     head = next((layer for layer in stored.layers if layer.name in ("lm_head", "embed_out")), None)
     return f"reads the head's weight as it is, and here {head.name} is {head.scheme.name}" if head is not None else None
@@ -238,6 +262,10 @@ def config_groups(stored: Stored) -> list[Mapping[str, Any]]:
 def bits(layer: StoredLayer) -> int:
     assert layer.scheme.weight is not None
     return layer.scheme.weight.bits
+
+
+def _experts(stored: Stored) -> list[StoredLayer]:
+    return [layer for layer in stored.layers if ".experts." in layer.name]
 
 
 def _fused_names(schemes: Collection[str]) -> Iterable[list[str]]:

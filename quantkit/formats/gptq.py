@@ -28,6 +28,11 @@ from quantkit.formats.name_patterns import NamePatterns
 _BITS = (2, 3, 4, 8)
 
 
+def has_wrapped_zeros(qzeros: Tensor, bits: int, rows: int) -> bool:
+    """Whether a v1 file stores a zero point that is all ones: 0 less one, as GPTQModel writes it, or one beyond the highest code. Loaders differ."""
+    return bool((unpack(qzeros, bits, rows) == 2**bits - 1).any())
+
+
 class GPTQ:
     holds_conv1d = True
     holds_mixed = True
@@ -42,7 +47,8 @@ class GPTQ:
         spec = scheme.weight
         assert spec is not None
         if spec.kind != "int" or spec.scale != "float":
-            return f"gptq holds integers, not {scheme.name}; use compressed-tensors or bitsandbytes"
+            holder = "bitsandbytes" if spec.is_flat or spec.scale == "row maximum" else "compressed-tensors"
+            return f"gptq holds integers, not {scheme.name}; use {holder}"
         if scheme.activation is not None:
             return "gptq stores no activation quantization; use compressed-tensors"
         if spec.bits not in _BITS:

@@ -14,6 +14,7 @@ from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import Scheme
 from quantkit.core.scheme_names import named
 from quantkit.formats.base import Format, KeptTypes
+from quantkit.formats.gptq import has_wrapped_zeros
 from quantkit.formats.opened import OpenedCheckpoint
 
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
@@ -46,6 +47,8 @@ def obstacle(opened: OpenedCheckpoint, module: str, fmt: Format, shape: tuple[in
         return fmt.why_not(scheme, shape)
     if fmt.name not in ("gptq", "gptq-v2") and has_order(opened, module):
         return f"its columns are in activation order (desc_act), which {fmt.name} has no place for"
+    if _is_ambiguous(opened, module, shape):
+        return "it stores a zero point less one as all ones, which is 0 to some loaders of GPTQ v1 and one beyond the highest code to others"
     for (what, parts), kept in zip((("weight", _SCALES), ("input", _INPUT_SCALES)), kept_types(opened, module, fmt), strict=True):
         name = _name(opened, module, parts)
         if name is None or not _may_change(opened.reader.info(name).dtype, kept):
@@ -54,6 +57,13 @@ def obstacle(opened: OpenedCheckpoint, module: str, fmt: Format, shape: tuple[in
         if change := _change(scales, kept):
             return f"{fmt.name} stores the scales of its {what} as {_short(kept)}, which changes {change}, stored as {_short(scales.dtype)}"
     return None
+
+
+def _is_ambiguous(opened: OpenedCheckpoint, module: str, shape: tuple[int, int]) -> bool:
+    spec = opened.schemes[module].weight
+    if opened.format is None or opened.format.name != "gptq" or spec is None or spec.symmetric:
+        return False
+    return has_wrapped_zeros(opened.reader.get(f"{module}.qzeros"), spec.bits, shape[0])
 
 
 def has_order(opened: OpenedCheckpoint, module: str) -> bool:

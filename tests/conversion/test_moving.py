@@ -239,7 +239,7 @@ def test_and_are_said_to_be_left_out_where_they_have_none(container: str, tmp_pa
 
     report = convert(str(source), tmp_path / "out", options(container))
 
-    assert report.notes == [f"the scheme of the KV cache and its 4 scales are left out: {container} has no place for them"]
+    assert report.notes[0] == f"the scheme of the KV cache and its 4 scales are left out: {container} has no place for them"
     assert not any(name in OpenedCheckpoint(tmp_path / "out").reader for name in KV_SCALES)
     assert verify(tmp_path / "out", against=str(source), options=VerifyOptions(num_tokens=0)).ok
 
@@ -270,17 +270,34 @@ def test_a_stopped_move_goes_on_and_ends_with_the_same_bytes(peers: Path, tmp_pa
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") and report.layers == whole.layers
 
 
-def test_a_value_that_would_change_unforeseen_stops_the_work(peers: Path, tmp_path: Path) -> None:
-    """A stored 15 is a zero point of 16 in version 1 of GPTQ: no other container can write that down."""
+def test_a_zero_point_that_loaders_read_in_two_ways_is_refused_before_work_or_quantized_anew(peers: Path, tmp_path: Path) -> None:
+    """A stored 15 is a zero point of 16, or of 0, in version 1 of GPTQ."""
     source = shutil.copytree(peers / "gptq_b4_g128", tmp_path / "source", copy_function=shutil.copyfile)
     config = json.loads((source / "config.json").read_text())["quantization_config"]
     edit_config(source, quantization_config=config | {"sym": False})
     name = "model.layers.2.mlp.up_proj.qzeros"
     edit_tensors(source, lambda tensors: tensors[name].view(-1)[0:1].fill_(-1))
 
-    with pytest.raises(FormatError, match=r"layers.2.mlp.up_proj would not be what it was in compressed-tensors: its weights change by up to"):
+    with pytest.raises(FormatError, match=r"1 of 28 layers.*layers.2.mlp.up_proj: it stores a zero point less one as all ones"):
         convert(str(source), tmp_path / "out", options("compressed-tensors"))
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    report = convert(str(source), tmp_path / "out", options("compressed-tensors", requantize=True))
+    assert [layer.name for layer in report.layers if not layer.lossless] == ["model.layers.2.mlp.up_proj"]
+
+
+@pytest.mark.parametrize("settings", [{"container": "compressed-tensors", "dtype": "bfloat16"}, {"container": "bf16"}], ids=["moved", "plain"])
+def test_tensors_that_were_not_quantized_and_are_rounded_are_told_of(settings: dict[str, str], tmp_path: Path) -> None:
+    source = quantized(tmp_path, recipe="w4a16-rtn")
+    before = OpenedCheckpoint(source)
+    assert {before.reader.info(name).dtype for name in before.dense_names} == {torch.float32}
+
+    report = convert(str(source), tmp_path / "out", options(**settings))
+    kept = convert(str(source), tmp_path / "kept", options("compressed-tensors"))
+
+    rounded = [note for note in report.notes if "tensors that were not quantized are rounded, from float32 to bfloat16" in note]
+    assert len(rounded) == 1 and rounded[0].startswith(f"{len(before.dense_names)} ")
+    assert not any("rounded" in note for note in kept.notes)
 
 
 def test_a_damaged_layer_is_named(tmp_path: Path) -> None:

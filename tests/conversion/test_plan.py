@@ -218,6 +218,26 @@ def test_a_recipe_goes_into_its_own_container_unless_another_is_asked_for(tiny: 
     assert planned(tiny, recipe, format=asked).format.name == container
 
 
+def test_layers_that_engines_join_fall_together_where_blocks_fit_some_of_them(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "tiny", hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=1, head_dim=64)
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "fp8-dynamic") | {"o_proj": "fp8-block"}
+
+    plan = planned(source, "fp8-block", target_engines=("vLLM",))
+
+    assert {name: scheme for name, scheme in schemes(plan).items() if name in attention} == attention
+    name = "model.layers.0.self_attn.q_proj"
+    assert plan.layers[name].note.startswith("engines join it with model.layers.0.self_attn.k_proj")
+    alone = planned(source, "fp8-block", format="fp8", target_engines=("vLLM",))
+    assert name in alone.left_alone and "model.layers.0.self_attn.o_proj" in alone.layers
+
+
+def test_scales_for_a_cache_are_no_stand_in_for_a_recipe_that_quantizes_nothing(tmp_path: Path) -> None:
+    save_random("gpt2", tmp_path / "gpt2")
+
+    with pytest.raises(RecipeError, match=r"fp8-static leaves nothing to quantize.*Conv1D"):
+        planned(tmp_path / "gpt2", "fp8-static", kv_cache="fp8")
+
+
 def test_a_container_that_a_recipe_names_and_nothing_writes_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"recipe nf5.*gguf-like.*bitsandbytes"):
         Recipe.parse("name: nf5\nformat: gguf-like\nrules: [{pattern: '.*', scheme: nf4}]", "nf5")

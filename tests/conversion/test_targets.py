@@ -65,7 +65,7 @@ def test_what_an_engine_would_say_of_a_move_is_asked_too(peers: Path) -> None:
 def test_what_it_takes_to_load_is_noted(wide: Path) -> None:
     plan = plan_conversion(str(wide), ConvertOptions(recipe="w4a8", target_engines=("vllm", "transformers"))).plan
 
-    assert [note.partition(": ")[0] for note in plan.notes] == ["for vLLM 0.33", "for transformers 5.23"]
+    assert [note.partition(": ")[0] for note in plan.notes] == ["for vLLM 0.33", "for transformers 5.24"]
 
 
 def test_an_unknown_engine_is_refused_with_a_near_name() -> None:

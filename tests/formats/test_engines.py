@@ -40,6 +40,9 @@ LOADS = [
     ("vLLM", stored("compressed-tensors", "w4a16", "w4a16", "w8a16", "w4a16"), False, "q_proj is w4a16.*v_proj is w8a16"),
     ("vLLM", stored("compressed-tensors", "w4a16", "w4a16", "w4a16", "w8a16"), True, ""),
     ("vLLM", stored("compressed-tensors", "w4a16", "w4a16", plain=("model.layers.0.self_attn.v_proj",)), False, "v_proj is none"),
+    ("vLLM", stored("compressed-tensors", "fp8-block", "fp8-dynamic", "fp8-dynamic", "fp8-block"), False, "q_proj is fp8-block.*fp8-dynamic"),
+    ("vLLM", stored("fp8", "fp8-static", "fp8-static", plain=("model.layers.0.self_attn.v_proj",)), False, "v_proj is none"),
+    ("SGLang", stored("awq", "w4a16-asym", "w4a16-asym", plain=("model.layers.0.self_attn.v_proj",)), False, "v_proj is none"),
     ("vLLM", stored("bitsandbytes", unread="not read"), False, "plugin"),
     ("SGLang", stored("compressed-tensors", "w4a16-asym"), True, ""),
     ("SGLang", stored("compressed-tensors", "w3a16"), False, "4 and 8 bits"),
@@ -115,6 +118,33 @@ def test_experts_of_a_layer_share_one_scheme_where_they_are_fused() -> None:
 
     assert verdict("vLLM", stored("compressed-tensors", layers=tuple(layers))).loads
     assert "experts.2.down_proj is w8a16" in verdict("vLLM", stored("compressed-tensors", layers=(*layers, odd))).reason
+
+
+EXPERTS = tuple(f"model.layers.0.mlp.experts.{n}.{part}_proj" for n in range(2) for part in ("gate", "up", "down"))
+
+
+def mixture(container: str, scheme: str, attention: str | None = None) -> Stored:
+    layers = tuple(StoredLayer(name, SHAPE, parse_scheme(scheme)) for name in EXPERTS)
+    alone = StoredLayer("model.layers.0.self_attn.o_proj", SHAPE, parse_scheme(attention or scheme))
+    return Stored(container, layers=(alone, *layers), model_dtype=torch.bfloat16, scale_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("engine", "model", "loads", "reason"), [
+    ("transformers", mixture("compressed-tensors", "w4a16"), True, ""),
+    ("transformers", mixture("compressed-tensors", "w4a16", "w8a16"), False, "with experts takes every layer for the main scheme"),
+    ("transformers", mixture("compressed-tensors", "fp8-block", "fp8-dynamic"), False, "fp8-block and fp8-dynamic"),
+    ("transformers", mixture("compressed-tensors", "mxfp4"), True, ""),
+    ("transformers", mixture("compressed-tensors", "nvfp4"), False, r"global scale.*experts\.0\.gate_proj"),
+    ("transformers", mixture("bitsandbytes", "nf4"), False, r"experts\.0\.gate_proj"),
+    ("transformers", mixture("bitsandbytes", "int8"), False, "stacks experts"),
+    ("vLLM", mixture("compressed-tensors", "w4a16", "w3a16"), True, ""),
+    ("vLLM", mixture("compressed-tensors", "w3a16"), False, r"4 and 8 symmetric bits.*w3a16"),
+    ("vLLM", mixture("compressed-tensors", "w4a16-asym"), False, "symmetric"),
+], ids=str)  # fmt: skip
+def test_experts_load_where_engines_have_a_way_for_them(engine: str, model: Stored, loads: bool, reason: str) -> None:
+    found = verdict(engine, model)
+
+    assert found.loads is loads and re.search(reason, found.reason)
 
 
 def test_scales_that_loaders_cast_are_noted() -> None:
