@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quantkit.cli.plan_json import model_dtype
 from quantkit.cli.tables import plain_table
 from quantkit.conversion.candidates import known_before
 from quantkit.conversion.prepare import Prepared
@@ -26,7 +25,7 @@ def show_allocation(results: Console, prepared: Prepared) -> None:
     over = "over the file" if allocation.problem.budget.kind == "file" else "in quantized layers"
     results.print(f"allocation to {allocation.problem.budget}; the candidates reach from {low:.3f} to {high:.3f} bits a weight {over}")
     if allocation.solution is None or allocation.measurement is None:
-        results.print(_candidates(known_before(allocation.problem, prepared.plan, model_dtype(prepared))))
+        results.print(_candidates(known_before(allocation.problem, prepared.plan, prepared.model_dtype)))
         return
     table = plain_table("layers", "scheme", "blocks")
     for kind, scheme, blocks in _by_kind(allocation.solution.units):

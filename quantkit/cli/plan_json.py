@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkit.conversion.candidates import known_before
 from quantkit.conversion.prepare import Prepared
 from quantkit.conversion.targets import stored_by
 from quantkit.formats.engine_rules import Stored
 from quantkit.formats.engines import verdicts
-
-if TYPE_CHECKING:
-    import torch
 
 
 def plan_in_json(prepared: Prepared) -> dict[str, Any]:
@@ -23,11 +20,7 @@ def plan_in_json(prepared: Prepared) -> dict[str, Any]:
 
 
 def planned_checkpoint(prepared: Prepared) -> Stored:
-    return stored_by(prepared.plan, model_dtype(prepared))
-
-
-def model_dtype(prepared: Prepared) -> torch.dtype:
-    return prepared.options.carried_dtype or prepared.source.dtype
+    return stored_by(prepared.plan, prepared.model_dtype)
 
 
 def _unmeasured(prepared: Prepared) -> dict[str, Any]:
@@ -38,4 +31,4 @@ def _unmeasured(prepared: Prepared) -> dict[str, Any]:
             candidates = [option.layers[name].scheme.name for option in unit.options.values()]
             told["layers"][name] |= {"scheme": None, "candidates": candidates, "note": None}
     unknown = dict.fromkeys(("engines", "bytes_after", "linear_bpw", "file_bpw"))
-    return told | unknown | {"needs_calibration": True, "allocation": known_before(problem, prepared.plan, model_dtype(prepared))}
+    return told | unknown | {"needs_calibration": True, "allocation": known_before(problem, prepared.plan, prepared.model_dtype)}

@@ -12,7 +12,6 @@ import torch
 import quantkit
 from quantkit.conversion.allocation_file import ALLOCATION_FILE, PICTURE_FILE, Measurement, allocation_path, path_beside
 from quantkit.conversion.calibration import CalibrationSet
-from quantkit.conversion.options import DTYPES
 from quantkit.conversion.pareto import draw_pareto
 from quantkit.conversion.prepare import Prepared, allocated
 from quantkit.conversion.rows import split_rows
@@ -78,7 +77,7 @@ def _measure(
         for unit in prepared.allocation.problem.units for name in unit.layers
     }  # fmt: skip
     runner = BlockRunner(prepared.architecture, device=prepared.device, dtype=dtype)
-    scale_dtype = prepared.plan.format.scale_dtype(DTYPES[prepared.options.dtype] or prepared.source.dtype)
+    scale_dtype = prepared.plan.format.scale_dtype(prepared.model_dtype)
     losses = SensitivityPass(runner, prepared.weights, rows, candidates, scale_dtype, folder, stage).run()
     origin, report = prepared.origin.name, rows.report
     return Measurement(origin, prepared.source.reader.fingerprint(), made_by, report.summary(), report.num_tokens, losses)

@@ -107,7 +107,7 @@ def _attempt(
     ledger = Ledger.open(partial, _identity(prepared, rows), fresh=options.fresh)
     with CheckpointWriter(partial, plan.tensors, max_shard_size=options.max_shard_size) as writer:
         writer.mark_done(name for unit in ledger.units for name in ledger.entry(unit)["tensors"])
-        place = Workplace(prepared.weights, plan, writer, ledger, listener, options.carried_dtype or prepared.source.dtype, prepared.device)
+        place = Workplace(prepared.weights, plan, writer, ledger, listener, prepared.model_dtype, prepared.device)
         results, divergence = _work(prepared, place, rows, partial)
         writer.close()
     return results, divergence
@@ -164,7 +164,7 @@ def _work(prepared: Prepared, place: Workplace, rows: CalibrationSet | None, par
 
 
 def _running_dtype(prepared: Prepared) -> torch.dtype:
-    return torch.float32 if prepared.device.type == "cpu" else prepared.options.carried_dtype or prepared.source.dtype
+    return torch.float32 if prepared.device.type == "cpu" else prepared.model_dtype
 
 
 def _spilled_bytes(prepared: Prepared, rows: CalibrationSet) -> int:

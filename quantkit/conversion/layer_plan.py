@@ -73,7 +73,7 @@ def decide_layers(
                 layers[linear.name] = layer
             else:
                 misfits[linear.name] = ", and ".join(words for words in (layer.note, why) if words)
-    _fall_together(layers, misfits)
+    _fall_together(layers, misfits, {name: allocated.get(name) or rule.scheme for name, rule in chosen.items() if rule is not None})
     left_alone |= misfits
     if not fmt.holds_mixed:
         _leave_all_but_one_scheme(layers, left_alone, fmt)
@@ -145,20 +145,23 @@ def _common_group(linears: list[Linear], chosen: dict[str, Rule | None]) -> int 
     return next((group for group in FALLBACK_GROUPS if group < max(groups) and all(count % group == 0 for count in columns)), None)
 
 
-def _fall_together(layers: dict[str, LayerPlan], misfits: dict[str, str]) -> None:
-    """Layers that engines join keep to one scheme where one of them cannot have what its rule says: they take what it takes, or stay as they are too.
+def _fall_together(layers: dict[str, LayerPlan], misfits: dict[str, str], asked: Mapping[str, str]) -> None:
+    """Layers that engines join keep to one scheme where one of them cannot have what is asked for all: they take what it takes, or stay as they are.
 
     Args:
         misfits: layers that the container has no scheme for, with the reason.
+        asked: the scheme that each layer was to have; where joined layers were to have unlike ones, that is left to the user.
     """
     for members in fused_groups([*layers, *misfits]).values():
+        if len({asked[name] for name in members}) > 1:
+            continue
         left = next((name for name in members if name in misfits), None)
         fallen = next((layers[name] for name in members if name in layers and layers[name].note is not None), None)
         for name in (name for name in members if name in layers):
             if left is not None:
                 del layers[name]
                 misfits[name] = f"engines join it with {left}, where {misfits[left]}"
-            elif fallen is not None and layers[name].note is None and layers[name].rounding == fallen.rounding:
+            elif fallen is not None and layers[name].note is None:
                 note = f"engines join it with {fallen.linear.name}, where {fallen.note}"
                 layers[name] = replace(layers[name], scheme=fallen.scheme, note=note)
 

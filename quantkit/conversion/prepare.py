@@ -52,6 +52,11 @@ class Prepared:
         return self.allocation is not None and self.allocation.measurement is None
 
     @property
+    def model_dtype(self) -> torch.dtype:
+        """The type of the output's unquantized tensors, of most where each keeps its own."""
+        return self.options.carried_dtype or self.source.dtype
+
+    @property
     def weights(self) -> FileOrder | RotatedWeights:
         """What is converted: the source's dense weights, rotated where the recipe asks for it."""
         weights = FileOrder(self.source, self.architecture)
@@ -100,15 +105,12 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
         architecture = rotation.architecture
     plan = _plan(opened, architecture, recipe, options, rotation)
     prepared = Prepared(origin, opened, architecture, recipe, plan, options, device, rotation=rotation)
-    if recipe.allocate is not None:
-        prepared = _with_problem(prepared)
-        if prepared.needs_measurement:
-            return prepared
-    else:
-        _targeted(prepared)
-    plan = prepared.plan
+    prepared = _with_problem(prepared) if recipe.allocate is not None else _targeted(prepared)
     if options.requantize and opened.format is None:
-        plan.notes.append(f"{origin.name} is not quantized, so there is nothing that --requantize changes")
+        prepared.plan.notes.append(f"{origin.name} is not quantized, so there is nothing that --requantize changes")
+    if prepared.needs_measurement:
+        return prepared
+    plan = prepared.plan
     if options.calibration.source is not None and not plan.needs_calibration:
         plan.notes.append(f"recipe {recipe.name} needs no calibration, so {options.calibration.source} is not read")
     return prepared
@@ -128,7 +130,7 @@ def _plan(
 
 def _targeted(prepared: Prepared) -> Prepared:
     """The same, unless an engine that it is meant for would not load it."""
-    require_loadable(prepared.plan, prepared.options, prepared.source.dtype)
+    require_loadable(prepared.plan, prepared.options, prepared.model_dtype)
     return prepared
 
 
@@ -136,9 +138,8 @@ def _with_problem(prepared: Prepared) -> Prepared:
     """What there is to choose; chosen already where the user gave a measurement. Refuses what the engines it is meant for would not load."""
     assert prepared.recipe is not None and prepared.recipe.allocate is not None
     options, budget = prepared.options, prepared.recipe.allocate.budget
-    model_dtype = options.carried_dtype or prepared.source.dtype
-    problem = state_problem(prepared.plan, prepared.recipe, options.container, model_dtype)
-    problem = loadable(problem, prepared.plan, options, model_dtype)
+    problem = state_problem(prepared.plan, prepared.recipe, options.container, prepared.model_dtype)
+    problem = loadable(problem, prepared.plan, options, prepared.model_dtype)
     problem.require_possible(is_users=options.budget is not None)
     if budget.kind == "kl" and not (prepared.plan.needs_calibration and options.measure):
         why = f"recipe {prepared.recipe.name} measures nothing; take a calibrated one, such as w4a16-gptq"
@@ -155,7 +156,7 @@ def _with_problem(prepared: Prepared) -> Prepared:
     assert solution is not None
     plan = _plan(prepared.source, prepared.architecture, prepared.recipe, options, prepared.rotation, solution.layers)
     plan.notes += problem.dropped
-    require_mixture(problem, plan, options, model_dtype)
+    require_mixture(problem, plan, options, prepared.model_dtype)
     return replace(prepared, plan=plan)
 
 
@@ -177,7 +178,7 @@ def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:
         over = ceil((plan.file_bpw - problem.budget.amount) * plan.parameters) if problem.budget.kind == "file" else 0
         if over <= 0:
             plan.notes += problem.dropped
-            require_loadable(plan, prepared.options, prepared.source.dtype)
+            require_loadable(plan, prepared.options, prepared.model_dtype)
             return replace(prepared, plan=plan, allocation=Allocation(problem, measurement, solution))
         spare += over  # headers of another length
 

@@ -40,7 +40,6 @@ def require_loadable(plan: Plan, options: ConvertOptions, model_dtype: torch.dty
     Raises:
         FormatError: an engine of `target_engines` would not.
     """
-    model_dtype = options.carried_dtype or model_dtype
     for name in options.target_engines:
         engine = find_engine(name)
         found = verdict(engine, stored_by(plan, model_dtype))

@@ -15,6 +15,7 @@ from quantkit.checkpoint.side_files import left_behind, side_files
 from quantkit.checkpoint.source import resolve
 from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.calibration import CalibrationOptions, load_calibration
+from quantkit.conversion.outcome import REPORT_FILE
 from quantkit.conversion.rotating import RotatedWeights
 from quantkit.conversion.verification import Verification
 from quantkit.conversion.verify_folds import folded_tensors, own_recipe, rotated_source, unlike_rotated
@@ -41,7 +42,6 @@ _VALUE_CHECKS = {
     "zero points": "in range",
     "groups": "in order",
 }
-REPORT_FILE = "quantkit_report.json"
 _OWN_FILES = ("README.md", "recipe.yaml", REPORT_FILE, "quant_log.csv")
 
 

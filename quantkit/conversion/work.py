@@ -250,4 +250,6 @@ class CalibratedWork:
             )
             divergence.add(baseline, quantized, rows.targets[at].to(baseline.device), rows.counted[at].to(baseline.device))
         self.runner.unload_outside()
+        if self.as_it_was:
+            before.unload_outside()
         return divergence.result()

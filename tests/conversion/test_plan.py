@@ -227,6 +227,8 @@ def test_layers_that_engines_join_fall_together_where_blocks_fit_some_of_them(tm
     assert {name: scheme for name, scheme in schemes(plan).items() if name in attention} == attention
     name = "model.layers.0.self_attn.q_proj"
     assert plan.layers[name].note.startswith("engines join it with model.layers.0.self_attn.k_proj")
+    asked = planned(source, "fp8-block", overrides=("v_proj=w8a16-channel",))
+    assert [schemes(asked)[leaf] for leaf in ("q_proj", "k_proj", "v_proj")] == ["fp8-block", "fp8-dynamic", "w8a16-channel"]
     alone = planned(source, "fp8-block", format="fp8", target_engines=("vLLM",))
     assert name in alone.left_alone and "model.layers.0.self_attn.o_proj" in alone.layers
 
