@@ -1,7 +1,8 @@
-"""The comparison as markdown: one table of what each method cost and lost, one of paired differences."""
+"""The comparison's results as JSON, and as markdown: one table of what each method cost and lost, one of paired differences."""
 
 from __future__ import annotations
 
+import json
 from functools import reduce
 from operator import getitem
 from statistics import fmean
@@ -15,6 +16,7 @@ Results = list[dict[str, Any]]
 Row = tuple[str, int, int]
 """Family, bits, group."""
 Kls = dict[tuple[str, Row, int], torch.Tensor]
+"""By method, row and seed: the mean KL of each held-out row of tokens."""
 
 
 def mean_over(found: Results, *path: str) -> float:
@@ -37,7 +39,7 @@ def method_row(name: str, found: Results) -> str:
 
 
 def paired_row(ours: str, peer: str, row: Row, kls: Kls, data_free: set[str]) -> str | None:
-    """KL(ours) - KL(peer) on the same tokens: errors over rows (of the mean over seeds) and over seeds, added in quadrature."""
+    """KL(ours) - KL(peer) on the same rows of tokens: errors over rows (of the mean over seeds) and over seeds, added in quadrature."""
     mine = {seed: kl for (name, r, seed), kl in kls.items() if (name, r) == (ours, row)}
     theirs = {seed: kl for (name, r, seed), kl in kls.items() if (name, r) == (peer, row)}
     if not mine or not theirs:
@@ -51,7 +53,7 @@ def paired_row(ours: str, peer: str, row: Row, kls: Kls, data_free: set[str]) ->
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
         return None
-    difference = torch.stack([(mine[s] - theirs[s]).mean(1) for s in seeds])  # [seeds, rows]
+    difference = torch.stack([mine[s] - theirs[s] for s in seeds])  # [seeds, rows]
     over_rows = difference.mean(0).std() / difference.shape[1] ** 0.5
     by_seed = difference.mean(1)
     mean, relative = by_seed.mean().item(), by_seed.mean().item() / fmean(kl.mean().item() for kl in theirs.values())
@@ -77,8 +79,27 @@ def row_title(row: Row) -> str:
     return f"{bits} bits, {'one scale a channel' if group == -1 else f'group {group}'}" if family == "integer" else family
 
 
-def markdown(target: str, about: dict[str, Any], results: Results, kls: Kls) -> str:
+def joined(before: Results, made: Results, families: list[str], methods: list[str]) -> Results:
+    """The results of this run in place of, or beside, those of earlier ones; families and methods in the order given, unknown methods last."""
+    def place(result: dict[str, Any]) -> tuple[Any, ...]:
+        bits, group, method, seed = (result[name] for name in ("bits", "group", "method", "seed"))
+        named = methods.index(method) if method in methods else len(methods)
+        return families.index(result["family"]), -bits, group == -1, -group, named, method, seed
+
+    by_place = {place(r): r for r in before} | {place(r): r for r in made}
+    return [by_place[key] for key in sorted(by_place)]
+
+
+def as_json(about: dict[str, Any], results: Results) -> str:
+    """One line a result."""
+    lines = ",\n".join(json.dumps(result) for result in results)
+    return f'{{"about": {json.dumps(about)},\n"results": [\n{lines}\n]}}\n'
+
+
+def markdown(target: str, about: dict[str, Any], results: Results) -> str:
     machine = about["machine"]
+    kls = {(r["method"], row_of(r), r["seed"]): torch.tensor(r["row_kl"], dtype=torch.float64) for r in results if "row_kl" in r}
+    days = sorted(r["date"][:10] for r in results)
     loads = [load for r in results for load in r["conversion"]["load_average"]]
     versions: dict[str, str] = {}
     for result in results:
@@ -88,7 +109,7 @@ def markdown(target: str, about: dict[str, Any], results: Results, kls: Kls) -> 
         f"# {target}", "",
         f"Model `{about['model']}`, perplexity of the baseline {base:.3f}. Calibration: {about['rows']} x {about['seq_len']} tokens of "
         f"{', '.join(about['calibration'])}; held out: {about['heldout_rows']} x {about['seq_len']} tokens of {', '.join(about['heldout'])}.",
-        f"{max(r['date'] for r in results)[:10]}, {machine['cpu']}, {results[0]['threads']} threads of {machine['cores']} cores, "
+        f"{days[0]} to {days[-1]}, {machine['cpu']}, {results[0]['threads']} threads of {machine['cores']} cores, "
         f"load average {min(loads):.1f} to {max(loads):.1f} during the conversions (above the number of threads, times are upper bounds). "
         + ", ".join(f"{name} {number}" for name, number in sorted(versions.items()) if name not in ("torch", "transformers")) + ".", "",
     ]
@@ -103,7 +124,7 @@ def markdown(target: str, about: dict[str, Any], results: Results, kls: Kls) -> 
         data_free = {r["method"] for r in found if r["data_free"]}
         pairs = [paired_row(o, p, row, kls, data_free) for o in names if o.startswith("quantkit-") for p in names if not p.startswith("quantkit-")]
         if any(pairs):
-            lines += ["Paired difference of KL, token by token; better or worse beyond two standard errors:", "",
+            lines += ["Paired difference of KL, row by row of held-out tokens; better or worse beyond two standard errors:", "",
                       "| ours | peer | KL difference | se rows | se seeds | relative | seeds won | verdict |", "|---" * 8 + "|",
                       *[p for p in pairs if p], ""]
     return "\n".join(lines)

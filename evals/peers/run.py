@@ -4,7 +4,7 @@
     python run.py --environments ENVS --work WORK [--targets T --families F --bits B --groups G --peers PATTERN --seeds S]
 
 Every conversion is kept under --work and made again only if the model, the tokens or the command changed, so the script may be stopped
-and started at will. Results go to results/. A conversion that fails is reported as such and the rest goes on.
+and started at will. Results join those that results/ has of other rows and methods. A conversion that fails is reported as such and the rest goes on.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from typing import Any
 import torch
 from environments import DEFAULT_FOLDER, find_python
 from kl import Baseline, evaluate
-from report import markdown
+from report import as_json, joined, markdown
 from rows import HERE, REPOSITORY, Case, Method, Target, cases_of, has_recipe, make_families, make_methods, make_targets
-from safetensors.torch import load_file, save_file
 from tokens import load_tokens, make_tokens, save_tokens
 
 
@@ -84,8 +83,8 @@ def settle(case: Case, baseline: Baseline, args: argparse.Namespace) -> dict[str
         result["error"] = f"{result['conversion']['error']}: {log[-1][:200] if log else ''}"
     else:
         evaluation = evaluate(baseline, folder / "model")
-        save_file({"kl": evaluation.kl}, folder / "kl.safetensors")
         result["evaluation"] = evaluation.summary()
+        result["row_kl"] = [float(f"{mean:.5g}") for mean in evaluation.kl.mean(1).tolist()]
         shutil.rmtree(folder / "model")  # its figures are kept; hundreds of models would fill a disk
     stored.write_text(json.dumps(result, indent=1))
     return result
@@ -122,15 +121,13 @@ def run_target(target: Target, methods: list[Method], args: argparse.Namespace) 
     families = [replace(f, bits=[b for b in f.bits if not args.bits or b in args.bits]) for f in make_families().values() if f.name in args.families]
     heldout = args.work / target.name / "heldout.safetensors"
     baseline = Baseline(target.model, load_tokens(heldout), digest(heldout))
-    results, kls = [], {}
+    results = []
     for case in runnable(cases_of(target, families, methods, args.seeds), args.environments):
         result = settle(case, baseline, args)
         if result is None:
             continue
         about_method = {"command": case.method.command, "data_free": case.method.data_free}
         results.append({name: value for name, value in result.items() if name != "key"} | about_method)
-        if "evaluation" in result:
-            kls[case.method.name, case.row, case.seed] = load_file(args.work / target.name / case.name / "kl.safetensors")["kl"]
         print(target.name, case.name, summary_line(result), file=sys.stderr, flush=True)
     if not results:
         raise SystemExit(f"{target.name}: nothing to show")
@@ -138,8 +135,11 @@ def run_target(target: Target, methods: list[Method], args: argparse.Namespace) 
     about = {"model": target.model.name, "rows": target.rows, "seq_len": target.seq_len, "heldout_rows": target.heldout_rows,
              "calibration": [t.name for t in target.calibration], "heldout": [t.name for t in target.heldout], "machine": machine}
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / f"{target.name}.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
-    (args.results / f"{target.name}.md").write_text(markdown(target.name, about, results, kls) + "\n")
+    kept = args.results / f"{target.name}.json"
+    if kept.exists():
+        results = joined(json.loads(kept.read_text())["results"], results, list(make_families()), [method.name for method in make_methods([])])
+    kept.write_text(as_json(about, results))
+    (args.results / f"{target.name}.md").write_text(markdown(target.name, about, results) + "\n")
 
 
 def summary_line(result: dict[str, Any]) -> str:

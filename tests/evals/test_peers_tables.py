@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evals.peers import environments, rows, summarize
-from evals.peers.report import markdown, paired_row
+from evals.peers.report import as_json, joined, markdown, paired_row
 
 ROW = ("integer", 4, 64)
 
@@ -20,8 +20,8 @@ def kls(gap: float, seeds: int) -> dict:
     made = {}
     for seed in range(seeds):
         shared = torch.rand(40, 8, generator=generator, dtype=torch.float64)
-        made["peer", ROW, seed] = shared + 0.01 * torch.randn(40, 8, generator=generator, dtype=torch.float64)
-        made["quantkit-x", ROW, seed] = shared - gap
+        made["peer", ROW, seed] = (shared + 0.01 * torch.randn(40, 8, generator=generator, dtype=torch.float64)).mean(1)
+        made["quantkit-x", ROW, seed] = (shared - gap).mean(1)
     return made
 
 
@@ -59,12 +59,25 @@ def test_summary_is_the_mean_over_seeds_and_keeps_failures():
 
 
 def test_every_row_and_every_failure_is_printed():
-    results = [result("peer", 0, 0.2), result("quantkit-x", 0, 0.1), result("broken", 0, None), result("peer", 0, 0.4, family="nf4", group=64)]
+    results = [
+        result("peer", 0, 0.2, row_kl=[0.1, 0.3]), result("quantkit-x", 0, 0.1, row_kl=[0.05, 0.15]), result("broken", 0, None),
+        result("peer", 0, 0.4, family="nf4", group=64),
+    ]
     about = {"model": "m", "rows": 1, "seq_len": 2, "heldout_rows": 1, "calibration": ["c"], "heldout": ["h"], "machine": {"cpu": "c", "cores": 2}}
-    text = markdown("t", about, results, kls(0.1, 1))
+    text = markdown("t", about, results)
     assert "## 4 bits, group 64" in text and "## nf4" in text
     assert "| broken | failed: exit status 1: no such thing" in text
-    assert "| quantkit-x | peer | -0." in text
+    assert "| quantkit-x | peer | -0.10000 |" in text
+
+
+def test_a_narrowed_run_replaces_what_it_covers_and_keeps_the_rest():
+    before = [result("quantkit-gptq", 0, 0.3), result("quantkit-gptq", 1, 0.3), result("hqq", 0, 0.5)]
+    made = [result("quantkit-gptq", 1, 0.2), result("quantkit-gptq", 0, 0.4, group=-1)]
+    found = joined(before, made, ["integer"], ["hqq", "quantkit-gptq"])
+    assert [(r["method"], r["group"], r["seed"], r["evaluation"]["kl"]) for r in found] == [
+        ("hqq", 64, 0, 0.5), ("quantkit-gptq", 64, 0, 0.3), ("quantkit-gptq", 64, 1, 0.2), ("quantkit-gptq", -1, 0, 0.4),
+    ]
+    assert json.loads(as_json({"model": "m"}, found)) == {"about": {"model": "m"}, "results": found}
 
 
 def test_every_method_has_its_script_and_environment_and_a_known_family():
