@@ -68,6 +68,11 @@ class Plan:
         return any(layer.rounding.needs_original for layer in self.layers.values())
 
     @property
+    def needs_drift(self) -> bool:
+        """Whether what its blocks' linears are given is compared with what the quantized model gives them."""
+        return any(layer.rounding.needs_drift for layer in self.layers.values())
+
+    @property
     def needs_calibration(self) -> bool:
         if self.kv_cache is not None or self.has_static_inputs:
             return True

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from quantkit.methods.base import Statistics
 
+_STRIPES, _STRIPE = 16, 128
+"""A Hessian is symmetric: it is summed in stripes of rows, each from the diagonal on. So many stripes, or of so many rows where that is more."""
+
 
 class HessianCollector:
     """Sums x x^T over the tokens that reach each linear.
@@ -34,23 +37,34 @@ class HessianCollector:
         self._seen: list[tuple[ref[Tensor], str]] = []  # weakly, as an expert's own states need not outlive it
         self._valid: Tensor | None = None
         self._num_tokens = 0
+        self._calls: dict[str, int] = {}
+        self._calls_once = False
+        self._leaves = False
 
     @contextmanager
-    def watching(self, valid: Tensor) -> Iterator[None]:
+    def watching(self, valid: Tensor, *, whole: bool = True) -> Iterator[None]:
         """Record during one forward pass.
 
         Args:
             valid: bool [B, T]; padding is not counted where tokens keep their places, and must not reach experts.
+            whole: False leaves the pass when the last linear is about to run: what it gives is not recorded. Never the first pass, which
+                shows whether each linear is called once.
         """
         self._valid, self._num_tokens = None if bool(valid.all()) else valid.flatten(), valid.numel()
+        self._leaves = not whole and self._calls_once
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._modules.items()]
         try:
             yield
+        except _AllSeen:
+            pass
+        else:
+            self._calls_once = max(self._calls.values(), default=0) == 1
         finally:
             for handle in handles:
                 handle.remove()
             self._seen.clear()
             self._originals.clear()
+            self._calls.clear()
 
     @contextmanager
     def watching_original(self) -> Iterator[None]:
@@ -77,6 +91,9 @@ class HessianCollector:
                 self._seen.append((ref(x), name))
                 self._add(name, x)
             self._owner[name] = owner or name
+            self._calls[name] = self._calls.get(name, 0) + 1
+            if self._leaves and len(self._calls) == len(self._modules):
+                raise _AllSeen
 
         return hook
 
@@ -92,7 +109,9 @@ class HessianCollector:
         if name not in self._sums:
             self._sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             self._counts[name] = 0
-        self._sums[name].addmm_(rows.T, rows)
+        total = self._sums[name]
+        for stripe in _stripes(len(total)):
+            total[stripe, stripe.start :].addmm_(rows[:, stripe].T, rows[:, stripe.start :])
         self._counts[name] += rows.shape[0]
         original = self._originals.get(name)
         if original is not None and original.shape == x.shape and x.numel() == self._num_tokens * x.shape[-1]:
@@ -124,9 +143,21 @@ class HessianCollector:
         if not count:
             return None
         hessian = self._sums.pop(owner).div_(count)
+        for stripe in _stripes(len(hessian)):
+            hessian[stripe.stop :, stripe] = hessian[stripe, stripe.stop :].T
         drift, of = self._drifts.pop(owner, (None, 0))
         drift = drift.div_(count) if drift is not None and of == count else None
         if self._sizes is None:
             return Statistics(hessian, count, drift=drift)
         total, largest = self._sizes.pop(owner)
         return Statistics(hessian, count, total / count, largest, drift)
+
+
+class _AllSeen(Exception):
+    """Leaves a forward pass of which nothing more is recorded."""
+
+
+def _stripes(width: int) -> Iterator[slice]:
+    """Of the rows of a symmetric matrix."""
+    step = max(_STRIPE, -(-width // _STRIPES))
+    return (slice(start, min(start + step, width)) for start in range(0, width, step))

@@ -36,7 +36,7 @@ from quantkit.models.compare import TokenRows, logit_places
 from quantkit.models.experts import skipping_padding
 from quantkit.models.kv_states import handling_keys_and_values
 from quantkit.models.routing import Routing
-from quantkit.models.streaming import BlockRunner, Weights, decoder_linears
+from quantkit.models.streaming import BlockRunner, Place, Weights, decoder_linears
 
 _PROBED_TOKENS = 64
 """A transform's folds are proved on so many tokens; experts that none of them reaches go with those alike."""
@@ -81,8 +81,11 @@ class CalibratedWork:
             self._advance_as_it_was(index, block)
             self.runner.load(block.path, self.place.source)
             seen = self._watch(index, block) if done is None else None
-            for states in self.original + ([] if self.as_it_was else self.measured[:1]):
-                states.advance(self.runner, index)
+            if self.original and (done is not None or not self.place.plan.needs_drift):
+                for batch in self.calibration.batches(self.runner, index):
+                    self._advance_original(index, block, batch)
+            if self.measured and not self.as_it_was:
+                self.measured[0].advance(self.runner, index)
             results = self._quantize(index, block, *seen) if seen is not None else done
             static_scales = self._use_quantized(block, done is not None)
             self._advance(index, block, static_scales)
@@ -116,18 +119,27 @@ class CalibratedWork:
             self.as_it_was.runner.unload(block.path)
 
     def _watch(self, index: int, block: Block) -> tuple[HessianCollector, Routing]:
-        """What the block's linears are given, with the block's own weights, and where tokens were routed."""
+        """What the block's linears are given, with the block's own weights, and where tokens were routed.
+
+        Where drift is asked for, the original model's states are taken through the block on the way.
+        """
         plan = self.place.plan
         collector = HessianCollector(self._modules(block), sizes=block.path in plan.moved or plan.has_static_inputs)
         routing = Routing(block.module, shows_all=plan.calibrates_all_experts)
         for batch in self.calibration.batches(self.runner, index):
             valid = self.calibration.rows.valid[batch]
-            if plan.needs_original:
-                with collector.watching_original(), skipping_padding(block.module, valid):
-                    self.original[0].through(self.runner, index, batch)
-            with collector.watching(valid), routing.watching(valid):
+            if plan.needs_drift:
+                with collector.watching_original():
+                    self._advance_original(index, block, batch)
+            with collector.watching(valid, whole=False), routing.watching(valid):
                 self.calibration.through(self.runner, index, batch)
         return collector, routing
+
+    def _advance_original(self, index: int, block: Block, batch: Place) -> None:
+        """The same with and without a watching collector: where padding goes, other tokens' last bits may depend on it."""
+        states = self.original[0]
+        with skipping_padding(block.module, states.rows.valid[batch]):
+            states.states[batch] = states.through(self.runner, index, batch).to(states.states.device)
 
     def _modules(self, block: Block) -> dict[str, nn.Module]:
         wanted = set(self.place.layers_of(block))

@@ -48,6 +48,11 @@ class Rounding(Protocol):
         """Whether the original model runs over the calibration rows too, beside the one quantized so far."""
         ...
 
+    @property
+    def needs_drift(self) -> bool:
+        """Whether it does so for what `Statistics` calls drift."""
+        ...
+
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         """Round float32 [N, K]; rows never influence each other, so weights with one input may be stacked."""
         ...

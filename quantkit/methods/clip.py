@@ -28,6 +28,7 @@ class ClippedToNearest:
     smallest: float = 0.5
     needs_calibration = False
     needs_original = False
+    needs_drift = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         if statistics is None or spec.spans_rows:

@@ -73,6 +73,10 @@ class GPTQ:
 
     @property
     def needs_original(self) -> bool:
+        return self.needs_drift
+
+    @property
+    def needs_drift(self) -> bool:
         return self.propagate > 0
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:

@@ -46,6 +46,7 @@ class HalfQuadratic:
     growth: float = 1.05
     needs_calibration = False
     needs_original = False
+    needs_drift = False
 
     def __post_init__(self) -> None:
         if not is_number(self.p) or not 0 < self.p <= 1:

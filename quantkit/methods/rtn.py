@@ -19,6 +19,7 @@ class RoundToNearest:
 
     needs_calibration = False
     needs_original = False
+    needs_drift = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         return rounded(weight, spec, scale_dtype, search=False)
@@ -30,6 +31,7 @@ class SearchedScales:
 
     needs_calibration = False
     needs_original = False
+    needs_drift = False
 
     def __call__(self, weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, statistics: Statistics | None) -> QuantizedTensor:
         importance = None if statistics is None else statistics.hessian.diagonal()

@@ -53,6 +53,7 @@ class Tuned:
     seed: int = 0
     needs_calibration = True
     needs_original = True
+    needs_drift = False
 
     def __post_init__(self) -> None:
         for name, example in (("steps", 100), ("tokens", 4096)):

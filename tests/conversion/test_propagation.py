@@ -40,10 +40,10 @@ def both(source: Path, tmp_path: Path, options: Options, **given: str) -> list[P
 def test_states_behind_later_blocks_are_nearer_to_the_original_on_text_not_seen(
     transforms: str, stories: Path, test_data: Path, tmp_path: Path, options: Options
 ) -> None:
-    text = (test_data / "data" / "tinystories" / "sample_b.txt").read_text(encoding="utf-8")[:20_000]
-    seen, new = torch.tensor(AutoTokenizer.from_pretrained(stories)(text)["input_ids"])[: 32 * 64].view(2, 16, 64)
+    text = (test_data / "data" / "tinystories" / "sample_b.txt").read_text(encoding="utf-8")[:160_000]
+    seen, new = torch.tensor(AutoTokenizer.from_pretrained(stories)(text)["input_ids"])[: 2 * 64 * 128].view(2, 64, 128)
     save_file({"input_ids": seen.contiguous()}, tmp_path / "seen.safetensors")
-    calibration = {"source": str(tmp_path / "seen.safetensors"), "num_samples": 16}
+    calibration = {"source": str(tmp_path / "seen.safetensors"), "num_samples": 64}
 
     folders = both(stories, tmp_path, partial(options, **calibration), transforms=transforms)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,50 @@ def test_linears_with_one_input_share_one_hessian() -> None:
     assert (first, second) == (["q", "k", "v"], ["o"])
     torch.testing.assert_close(shared.hessian, mean_product(x.reshape(-1, 12)))
     assert shared.num_tokens == own.num_tokens == 15
+
+
+@pytest.mark.parametrize("width", [12, 200, 2100])
+def test_a_hessian_is_symmetric_to_the_last_bit_at_any_width(width: int) -> None:
+    linear, x = nn.Linear(width, 1), torch.randn(1, 40, width)
+    collector = HessianCollector({"linear": linear})
+
+    with collector.watching(torch.ones(1, 40, dtype=torch.bool)):
+        linear(x)
+
+    ((_, statistics),) = collector.shared()
+    torch.testing.assert_close(statistics.hessian, mean_product(x[0]))
+    assert torch.equal(statistics.hessian, statistics.hessian.T)
+
+
+def test_a_pass_that_need_not_be_whole_is_left_before_the_last_linear_runs() -> None:
+    block, ran, everything = Attention(), [], torch.ones(2, 5, dtype=torch.bool)
+    block.o.register_forward_hook(lambda *_: ran.append("o"))
+    whole, left = HessianCollector(block.linears()), HessianCollector(block.linears())
+    batches = torch.randn(3, 2, 5, 12)
+
+    for x in batches:
+        with whole.watching(everything):
+            block(x)
+    assert len(ran) == 3
+    for x in batches:
+        with left.watching(everything, whole=False):
+            block(x)
+
+    assert len(ran) == 4  # the first pass is whole: it shows that no linear is called twice
+    for (names, ours), (_, theirs) in zip(left.shared(), whole.shared(), strict=True):
+        assert torch.equal(ours.hessian, theirs.hessian) and ours.num_tokens == theirs.num_tokens == 30, names
+
+
+def test_a_linear_that_is_called_twice_is_recorded_twice_though_the_pass_need_not_be_whole() -> None:
+    linear, x = nn.Linear(12, 12), torch.randn(1, 5, 12)
+    collector = HessianCollector({"linear": linear})
+
+    for _ in range(2):
+        with collector.watching(torch.ones(1, 5, dtype=torch.bool), whole=False):
+            linear(linear(x))
+
+    ((_, statistics),) = collector.shared()
+    assert statistics.num_tokens == 20
 
 
 def test_equal_values_in_two_tensors_are_two_inputs() -> None:

@@ -163,7 +163,7 @@ def test_what_a_transform_moved_is_in_the_block_while_it_is_tuned(stories: Path,
     ids = load_file(tokens)["input_ids"][:4]
     tuned, plain = tmp_path / "tuned.yaml", tmp_path / "plain.yaml"
     for path, rounding in ((tuned, "{name: tuned, steps: 30, tokens: 256, rate: 0.015, scale_rate: 0.003}"), (plain, "gptq")):
-        path.write_text(f"name: own\nrules:\n  - pattern: .*\n    scheme: w3a16-g32\n    rounding: {rounding}\n    transforms: [awq]\n")
+        path.write_text(f"name: own\nrules:\n  - pattern: .*\n    scheme: w2a16-g32\n    rounding: {rounding}\n    transforms: [awq]\n")
         convert(str(stories), tmp_path / path.stem, options(str(path), measure=False))
 
     errors = [block_errors(stories, tmp_path / name, ids) for name in ("tuned", "plain")]
