@@ -29,6 +29,7 @@ from quantkit.conversion.without_data import round_without_data
 from quantkit.conversion.work import CalibratedWork, RunModel
 from quantkit.conversion.workplace import Listener, Workplace, carry
 from quantkit.core.divergence import DivergenceResult
+from quantkit.core.products import fast_products, product_library
 from quantkit.errors import Interrupted
 from quantkit.formats.streamed import FileOrder
 from quantkit.models.streaming import BlockRunner
@@ -61,6 +62,7 @@ def convert(source: str, out: str | Path, options: ConvertOptions | None = None,
     return run(plan_conversion(source, options), Path(out), listener or Silent())
 
 
+@fast_products()
 def run(prepared: Prepared, out: Path, listener: Listener) -> ConversionReport:
     """Do what was planned."""
     started = time.monotonic()
@@ -143,8 +145,8 @@ def _in_words(rule: Rule) -> str:
 
 
 def _device_name(device: torch.device) -> str:
-    """What sums are rounded by: the kind of GPU, or the instructions this CPU's kernels were chosen for."""
-    cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    """What sums are rounded by: the kind of GPU, or the instructions this CPU's kernels were chosen for and whose they are."""
+    cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}, products by {product_library()}"
     return f"{torch.cuda.get_device_name(device)}, {cpu}" if device.type == "cuda" else cpu
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit.core.divergence import Divergence, DivergenceResult, Perplexity, PerplexityResult
+from quantkit.core.products import fast_products
 from quantkit.core.scheme import Scheme
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.models.activations import fake_quantize_inputs
@@ -96,6 +97,7 @@ class StreamedModel:
         return int(self.architecture.config.get_text_config().vocab_size)
 
 
+@fast_products()
 def compare(
     baseline: StreamedModel,
     quantized: StreamedModel,
@@ -129,6 +131,7 @@ def compare(
     return divergence.result()
 
 
+@fast_products()
 def perplexity(
     model: StreamedModel,
     rows: TokenRows,
