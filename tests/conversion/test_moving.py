@@ -121,11 +121,15 @@ def test_what_a_container_cannot_hold_is_refused_with_what_can(
     assert not list(tmp_path.iterdir())
 
 
-def test_scales_that_another_type_would_change_are_refused_by_how_much(tmp_path: Path) -> None:
-    source = quantized(tmp_path, recipe="w4a16-rtn", dtype="bfloat16")
+def with_a_small_scale(folder: Path) -> Path:
+    """Bfloat16 scales, one of which float16 cannot hold: of layer 1's up_proj."""
+    source = quantized(folder, recipe="w4a16-rtn", dtype="bfloat16")
     scale = "model.layers.1.mlp.up_proj.weight_scale"
-    edit_tensors(source, lambda tensors: tensors[scale].view(-1)[3:4].fill_(3.0e-7))
+    return edit_tensors(source, lambda tensors: tensors[scale].view(-1)[3:4].fill_(3.0e-7))
 
+
+def test_scales_that_another_type_would_change_are_refused_by_how_much(tmp_path: Path) -> None:
+    source = with_a_small_scale(tmp_path)
     why = r"gptq cannot hold 1 of 14 layers .*up_proj: gptq stores the scales of its weight as float16, which changes 1 of"
     with pytest.raises(FormatError, match=why):
         convert(str(source), tmp_path / "out", options("gptq"))
@@ -138,6 +142,16 @@ def test_scales_that_another_type_would_change_are_refused_by_how_much(tmp_path:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"model.layers.1.mlp.up_proj.weight"}
     assert lossy.max_error == pytest.approx(float((before[f"{lossy.name}.weight"] - after[f"{lossy.name}.weight"]).abs().max()))
+
+
+def test_a_layer_found_changed_in_what_was_written_stops_the_move_whatever_headers_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = with_a_small_scale(tmp_path)
+    monkeypatch.setattr("quantkit.conversion.moving.obstacle", lambda *_: None)  # as if a loss had not been foreseen
+
+    with pytest.raises(FormatError, match=r"layers\.1.*up_proj would not be what it was in gptq: its weights change by up to .*; give a recipe"):
+        convert(str(source), tmp_path / "out", options("gptq"))
+
+    assert not (tmp_path / "out").exists()
 
 
 def test_with_requantize_alone_layers_are_quantized_again_near_what_they_were(peers: Path, tmp_path: Path) -> None:
