@@ -163,7 +163,7 @@ def test_another_machine_is_refused(stories: Path, tmp_path: Path, options: Opti
     stopped(stories, tmp_path / "out", options())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "VSX")
 
-    with pytest.raises(OutputError, match=r"device was \"cpu .*\" and is now \"cpu VSX\""):
+    with pytest.raises(OutputError, match=r"device was \"cpu .*\" and is now \"cpu VSX, "):
         convert(str(stories), tmp_path / "out", options())
 
 

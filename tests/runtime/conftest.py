@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.checkpoint.source import resolve
+from quantkit.core.divergence import Divergence
 from quantkit.formats.opened import OpenedCheckpoint
 
 NEAR_TIE = 1e-4
@@ -87,3 +89,34 @@ def prompts(reference: Path) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(reference)
     rows = (reference.parent / "splits" / "prose.jsonl").read_text(encoding="utf-8").splitlines()[:64]
     return [tokenizer(json.loads(row)["text"])["input_ids"][: 3 + (i * 37) % 88] for i, row in enumerate(rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sway:
+    """How far a model with rounded inputs moves when those move by no more than float32 products are off: codes fall to the other side then."""
+
+    kl: float
+    logit: float
+
+
+@torch.no_grad()
+def sway_of(model: torch.nn.Module, linear: type[torch.nn.Module], prompts: list[list[int]]) -> Sway:
+    """The largest of three draws. `linear` is the class of the modules that round."""
+    kl, logit = 0.0, 0.0
+    still = [model(input_ids=torch.tensor([prompt])).logits[0, :-1] for prompt in prompts]
+    for seed in range(3):
+        draws, swayed = torch.Generator().manual_seed(seed), Divergence()
+        handles = [m.register_forward_pre_hook(partial(_nudged, draws)) for m in model.modules() if isinstance(m, linear)]
+        for prompt, before in zip(prompts, still, strict=True):
+            ids = torch.tensor([prompt])
+            after = model(input_ids=ids).logits[0, :-1]
+            swayed.add(before, after, ids[0, 1:], torch.ones(len(prompt) - 1, dtype=torch.bool))
+            logit = max(logit, float((after - before).abs().max()))
+        for handle in handles:
+            handle.remove()
+        kl = max(kl, swayed.result().kl_mean)
+    return Sway(kl, logit)
+
+
+def _nudged(draws: torch.Generator, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (inputs[0] * (1 + 3e-7 * torch.randn(inputs[0].shape, generator=draws)), *inputs[1:])
