@@ -1,9 +1,9 @@
 """Which kernel runs what: the one place that looks at the device, the way a weight is stored and the mode.
 
 Three modes. "exact" computes in float32 from the weights as they are stored, and a token's result does not depend on what else is in the batch.
-"fast" takes the fastest kernel whose result is as near as 16-bit arithmetic is. "int8" gives up accuracy for prompts: quantized weights are rounded
-again to 8 bits a row and multiplied, as integers, by activations of 8 bits a token. On the reference model that costs a KL divergence of 0.0008 nats
-a token from the exact mode with 4-bit weights, 0.0006 with 8-bit ones, and fast mode 0.00006 (`quantkit bench modes`).
+"fast" takes the fastest kernel whose result is as near as 16-bit arithmetic is. "int8" gives up accuracy for speed: activations are rounded to 8
+bits, one scale for a run of columns, and multiplied as integers with the codes of integer weights, or, where no native kernel takes those, one scale
+a token, and with weights rounded again to 8 bits a row (`quantkit bench modes` measures what that costs).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from quantkit_kernels import reference
-from quantkit_kernels.cpu import int4_linear, int8_activations, int8_linear, invariant_linear
+from quantkit_kernels.cpu import int4_linear, int8_activations, int8_linear, invariant_linear, low_bit_linear
 from quantkit_kernels.cpu import paged_attention as cpu_attention
 from torch import Tensor
 from torch.nn import functional
@@ -45,6 +45,9 @@ def dense_linear(weight: Tensor, mode: Mode) -> Linear:
 
 def quantized_linear(q: QuantizedTensor, scheme: Scheme, mode: Mode) -> Linear:
     """A quantized weight, repacked once for the kernel that runs it; on the device that `q` is on."""
+    is_native = scheme.activation is None and why_not_native(q) is None
+    if is_native and mode != "fast":
+        return _native(q, exact=mode == "exact")
     if mode == "int8" and scheme.activation is None:
         return _int8_activations(to_int8_rows(q), ActivationSpec())
     if scheme.activation == ActivationSpec() and why_not_int8_activations(q) is None:
@@ -56,7 +59,20 @@ def quantized_linear(q: QuantizedTensor, scheme: Scheme, mode: Mode) -> Linear:
     if scheme.activation is None and mode == "fast" and why_not_int8(q) is None:
         codes, scale = int8_linear.pack(q.codes, q.scale)
         return lambda x: int8_linear.linear(x, codes, scale, fast_bfloat16=has_fast_bfloat16())
+    if is_native:
+        return _native(q, exact=True)
     return _dequantized(q, scheme.activation, mode)
+
+
+def why_not_native(q: QuantizedTensor) -> str | None:
+    """Why the native kernel of this device for groups of integers does not take the tensor, or None when it does."""
+    if q.codes.device.type != "cpu":
+        return "no kernel for this device yet"
+    if q.spec.kind != "int" or q.spec.scale != "float" or q.spec.spans_rows or q.group_of_column is not None:
+        return "not integers with a scale for each run of columns of a row"
+    if q.zero is not None and not 0 <= int(q.zero.min()) <= int(q.zero.max()) <= 255:
+        return "a zero point beyond what a byte holds"
+    return low_bit_linear.why_not(q.shape[1], q.spec.group_size(q.shape[1]), q.spec.bits)
 
 
 def why_not_int4(q: QuantizedTensor) -> str | None:
@@ -140,6 +156,11 @@ def row_scales(q: QuantizedTensor) -> Tensor:
     if spec.scale == "row maximum":
         return q.scales * LLM_INT8_STEP
     return q.scale if spec.scale == "float" else q.scales
+
+
+def _native(q: QuantizedTensor, *, exact: bool) -> Linear:
+    packed = low_bit_linear.pack(q.codes, q.scale, q.spec.mid_code if q.zero is None else q.zero, q.spec.bits)
+    return lambda x: low_bit_linear.linear(x, packed, exact=exact).to(x.dtype)
 
 
 def _int8_activations(q: QuantizedTensor, activation: ActivationSpec) -> Linear:

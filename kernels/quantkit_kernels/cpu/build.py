@@ -13,15 +13,19 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 COMPILERS = ("g++", "clang++", "c++")
 
 _log = logging.getLogger("quantkit")
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """The library of `name`.cpp, or None, with the reason in the log once, where it cannot be built. QUANTKIT_NATIVE=0 asks for none."""
+def library(name: str, march: str = "native") -> ctypes.CDLL | None:
+    """The library of `name`.cpp, or None, with the reason in the log once, where it cannot be built. QUANTKIT_NATIVE=0 asks for none.
+
+    Args:
+        march: the instructions it may use, as compilers name them; this processor must have them.
+    """
     if os.environ.get("QUANTKIT_NATIVE", "1") == "0":
         return None
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
@@ -29,9 +33,10 @@ def library(name: str) -> ctypes.CDLL | None:
         _log.warning("no C++ compiler (%s) is installed, so %s runs on torch's operators, which are slower", ", ".join(COMPILERS), name)
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
-    built = _cache() / f"{name}-{_fingerprint(source, compiler)}.so"
+    flags = (*FLAGS, f"-march={march}")
+    built = _cache() / f"{name}-{_fingerprint(source, compiler, flags)}.so"
     if not built.exists():
-        reason = _compile(compiler, source, built)
+        reason = _compile([compiler, *flags], source, built)
         if reason:
             _log.warning("%s could not be compiled, so it runs on torch's operators, which are slower: %s", name, reason)
             return None
@@ -46,22 +51,22 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit" / "native"
 
 
-def _fingerprint(source: Path, compiler: str) -> str:
+def _fingerprint(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
     """Another source, compiler or processor is another library."""
     info = Path("/proc/cpuinfo")
     features = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if info.exists() else ""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (source.read_text(encoding="utf-8"), version, *FLAGS, platform.machine(), features)
+    parts = (source.read_text(encoding="utf-8"), version, *flags, platform.machine(), features)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, source: Path, built: Path) -> str | None:
+def _compile(command: list[str], source: Path, built: Path) -> str | None:
     """Why it failed, or None. The library appears whole or not at all."""
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             made = Path(folder) / built.name
-            done = subprocess.run([compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
+            done = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
             if done.returncode:
                 return (done.stderr.strip().splitlines() or ["the compiler said nothing"])[0]
             made.replace(built)
