@@ -96,8 +96,8 @@ class RotatedWeights:
         fold = self.rotation.folds.get(name)
         if fold is None:
             return value
-        turned = fold.applied(value, None if fold.gain is None else self.source.get(fold.gain))
-        return turned.to(self.dtypes.get(name, torch.float32))
+        gain = None if fold.gain is None else self.source.get(fold.gain)
+        return fold.applied(value, gain, self.dtypes.get(name, torch.float32))
 
 
 def plan_rotation(rotation: Rotation, original: Architecture, source: OpenedCheckpoint, origin: str, *, trust_remote_code: bool) -> PlannedRotation:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import isqrt, prod, sqrt
+from math import isqrt, sqrt
 
 import torch
 from torch import Tensor
 
 _LARGEST_FACTOR = 64
-_AT_ONCE = 1 << 24
+_AT_ONCE = 1 << 21
 """Numbers that are turned at once, so that a matrix needs little beside itself and what it becomes."""
 
 
@@ -65,11 +65,10 @@ def in_words(size: int) -> str:
 
 def _multiplied(x: Tensor, factors: list[Tensor]) -> Tensor:
     """x [n, size] times the Kronecker product of the factors."""
-    sizes = [len(factor) for factor in factors]
-    for i, factor in enumerate(factors):
-        parts = x.reshape(-1, sizes[i], prod(sizes[i + 1 :]))
-        x = torch.matmul(factor.T.to(x.device), parts)
-    return x.reshape(-1, prod(sizes))
+    n, size = x.shape
+    for factor in factors:  # the first axis of what remains goes to the end, so that each is a plain product, and all are where they were at last
+        x = x.reshape(n, len(factor), -1).transpose(1, 2).reshape(-1, len(factor)) @ factor.to(x.device)
+    return x.reshape(n, size)
 
 
 @lru_cache

@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from quantkit.core.hadamard import Hadamard
 from quantkit.models.folding import Call, Run, Site, linear_site, matrices, norm_sites, num_outputs, observe, starred
 
+_AT_ONCE = 1 << 21
+"""Numbers of a matrix in float32 at once."""
 _TOLERANCE = 1e-4
 """Relative size of a difference that is rounding in float32."""
 
@@ -49,22 +51,30 @@ class Fold:
     becomes: float | None = None
     is_transposed: bool = False
 
-    def applied(self, value: Tensor, gain: Tensor | None = None) -> Tensor:
-        """In float32; `gain` is what is stored under that name."""
+    def applied(self, value: Tensor, gain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """In the type, by way of float32; `gain` is what is stored under that name. What reads the stream takes little memory beside its result."""
         if self.becomes is not None:
-            return torch.full(value.shape, self.becomes)
+            return torch.full(value.shape, self.becomes, dtype=dtype)
         value = value.T if self.is_transposed else value
-        if gain is not None:
-            value = value.float() * (gain.float() + self.offset)
-        if self.inputs is not None:
-            value = self.inputs.turn(value)
+        if gain is not None or self.inputs is not None:
+            is_last = self.value_heads is None and self.outputs is None
+            value = self._with_inputs_turned(value, gain, dtype if is_last else torch.float32)
         if self.value_heads is not None:
             assert self.rows is not None
             start, end = self.rows
             value = torch.cat([value[:start].float(), _turn_outputs(value[start:end], self.value_heads), value[end:].float()])
         if self.outputs is not None:
             value = _turn_outputs(value, self.outputs)
-        return value.T.contiguous() if self.is_transposed else value.contiguous()
+        return (value.T if self.is_transposed else value).to(dtype).contiguous()
+
+    def _with_inputs_turned(self, value: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+        rows = value.reshape(-1, value.shape[-1])
+        turned = torch.empty(rows.shape, dtype=dtype, device=value.device)
+        step = max(1, _AT_ONCE // rows.shape[1])
+        for into, part in zip(turned.split(step), rows.split(step), strict=True):
+            part = part.float() if gain is None else part.float() * (gain.float() + self.offset)
+            into.copy_(part if self.inputs is None else self.inputs.turn(part))
+        return turned.view(value.shape)
 
 
 Folds = dict[str, Fold]

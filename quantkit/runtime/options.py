@@ -21,9 +21,9 @@ class EngineOptions:
     """Every default is the recommended choice.
 
     Attributes:
-        mode: "fast"; "exact" for float32 throughout and results that do not depend on the batch; "int8" (CPUs) for fast prompts: quantized
-            weights are held in one byte each, whatever their width, rounded again with one scale a row, and activations are rounded to 8 bits a
-            token: 0.0003 nats a token of KL divergence on the reference model in 4 bits.
+        mode: "fast"; "exact" for float32 throughout and results that do not depend on the batch; "int8" (CPUs) for
+            speed: activations are rounded to 8 bits, one scale for up to 128 columns, which costs 0.0003 nats a token of KL divergence on the
+            reference model. Weights other than integers in groups are rounded again to 8 bits a row for it, activations then to 8 bits a token.
         lora: folders of LoRA adapters in PEFT's format by the names that requests choose them by.
         quantization: quantize an unquantized model while it loads, from its weights alone: "int8" (one scale a row), "fp8" (likewise, and inputs
             to FP8 a token), "w4" (groups of 128 or less), "nf4" (blocks of 64).
