@@ -79,15 +79,25 @@ def row_title(row: Row) -> str:
     return f"{bits} bits, {'one scale a channel' if group == -1 else f'group {group}'}" if family == "integer" else family
 
 
-def joined(before: Results, made: Results, families: list[str], methods: list[str]) -> Results:
-    """The results of this run in place of, or beside, those of earlier ones; families and methods in the order given, unknown methods last."""
-    def place(result: dict[str, Any]) -> tuple[Any, ...]:
-        bits, group, method, seed = (result[name] for name in ("bits", "group", "method", "seed"))
-        named = methods.index(method) if method in methods else len(methods)
-        return families.index(result["family"]), -bits, group == -1, -group, named, method, seed
+def joined(before: Results, made: Results, families: list[str], methods: list[str]) -> tuple[Results, Results]:
+    """The results of this run in place of, or beside, those of earlier ones, and those left out: judged on other tokens, or other numbers of them.
 
-    by_place = {place(r): r for r in before} | {place(r): r for r in made}
-    return [by_place[key] for key in sorted(by_place)]
+    Families and methods are in the order given, unknown ones last.
+    """
+    def place(result: dict[str, Any]) -> tuple[Any, ...]:
+        family, bits, group, method, seed = (result[name] for name in ("family", "bits", "group", "method", "seed"))
+        ranks = (names.index(name) if name in names else len(names) for name, names in ((family, families), (method, methods)))
+        return next(ranks), family, -bits, group == -1, -group, next(ranks), method, seed
+
+    tokens = {(r.get("heldout"), r["evaluation"].get("tokens")) for r in made if "evaluation" in r}
+    others = [r for r in before if "evaluation" in r and tokens and not any(_are_same(r, *each) for each in tokens)]
+    by_place = {place(r): r for r in before if r not in others} | {place(r): r for r in made}
+    return [by_place[key] for key in sorted(by_place)], others
+
+
+def _are_same(result: dict[str, Any], heldout: str | None, count: int | None) -> bool:
+    """Whether it was judged on these tokens; results of before 2026-11-28 say only how many they were."""
+    return result.get("heldout", heldout) == heldout and result["evaluation"].get("tokens") == count
 
 
 def as_json(about: dict[str, Any], results: Results) -> str:
@@ -97,7 +107,8 @@ def as_json(about: dict[str, Any], results: Results) -> str:
 
 
 def markdown(target: str, about: dict[str, Any], results: Results) -> str:
-    machine = about["machine"]
+    machines = sorted({r.get("machine", about["machine"])["cpu"] for r in results})
+    threads = " or ".join(str(count) for count in sorted({r["threads"] for r in results}))
     kls = {(r["method"], row_of(r), r["seed"]): torch.tensor(r["row_kl"], dtype=torch.float64) for r in results if "row_kl" in r}
     days = sorted(r["date"][:10] for r in results)
     loads = [load for r in results for load in r["conversion"]["load_average"]]
@@ -109,7 +120,7 @@ def markdown(target: str, about: dict[str, Any], results: Results) -> str:
         f"# {target}", "",
         f"Model `{about['model']}`, perplexity of the baseline {base:.3f}. Calibration: {about['rows']} x {about['seq_len']} tokens of "
         f"{', '.join(about['calibration'])}; held out: {about['heldout_rows']} x {about['seq_len']} tokens of {', '.join(about['heldout'])}.",
-        f"{days[0]} to {days[-1]}, {machine['cpu']}, {results[0]['threads']} threads of {machine['cores']} cores, "
+        f"{days[0]} to {days[-1]}, {' and '.join(machines)}, {threads} threads of {about['machine']['cores']} cores, "
         f"load average {min(loads):.1f} to {max(loads):.1f} during the conversions (above the number of threads, times are upper bounds). "
         + ", ".join(f"{name} {number}" for name, number in sorted(versions.items()) if name not in ("torch", "transformers")) + ".", "",
     ]

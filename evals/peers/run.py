@@ -75,7 +75,8 @@ def settle(case: Case, baseline: Baseline, args: argparse.Namespace) -> dict[str
         return None
     result = {
         "key": key, "target": case.target.name, "family": case.family.name, "method": case.method.name, "bits": case.bits, "group": case.group,
-        "seed": case.seed, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "threads": args.threads,
+        "seed": case.seed, "heldout": baseline.tokens_digest, "machine": machine(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "threads": args.threads,
         "conversion": convert(case, folder, calibration, environments=args.environments, threads=args.threads),
     }
     if "error" in result["conversion"]:
@@ -131,13 +132,16 @@ def run_target(target: Target, methods: list[Method], args: argparse.Namespace) 
         print(target.name, case.name, summary_line(result), file=sys.stderr, flush=True)
     if not results:
         raise SystemExit(f"{target.name}: nothing to show")
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     about = {"model": target.model.name, "rows": target.rows, "seq_len": target.seq_len, "heldout_rows": target.heldout_rows,
-             "calibration": [t.name for t in target.calibration], "heldout": [t.name for t in target.heldout], "machine": machine}
+             "calibration": [t.name for t in target.calibration], "heldout": [t.name for t in target.heldout], "machine": machine()}
     args.results.mkdir(parents=True, exist_ok=True)
     kept = args.results / f"{target.name}.json"
     if kept.exists():
-        results = joined(json.loads(kept.read_text())["results"], results, list(make_families()), [method.name for method in make_methods([])])
+        earlier = json.loads(kept.read_text())
+        before = [{"machine": earlier["about"]["machine"]} | result for result in earlier["results"]]
+        results, others = joined(before, results, list(make_families()), [method.name for method in make_methods([])])
+        for result in others:
+            print(f"left out of {kept.name}, as it was judged on other tokens: {result['method']}, {result['date']}", file=sys.stderr)
     kept.write_text(as_json(about, results))
     (args.results / f"{target.name}.md").write_text(markdown(target.name, about, results) + "\n")
 
@@ -147,6 +151,10 @@ def summary_line(result: dict[str, Any]) -> str:
         return f"FAILED: {result['error']}"
     found = result["evaluation"]
     return f"KL {found['kl']:.5f} ± {found['kl_se_rows']:.5f}  ppl {found['ppl']:.3f}  {result['conversion']['wall_seconds']:.0f} s"
+
+
+def machine() -> dict[str, Any]:
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
 
 
 def cpu_name() -> str:

@@ -73,11 +73,29 @@ def test_every_row_and_every_failure_is_printed():
 def test_a_narrowed_run_replaces_what_it_covers_and_keeps_the_rest():
     before = [result("quantkit-gptq", 0, 0.3), result("quantkit-gptq", 1, 0.3), result("hqq", 0, 0.5)]
     made = [result("quantkit-gptq", 1, 0.2), result("quantkit-gptq", 0, 0.4, group=-1)]
-    found = joined(before, made, ["integer"], ["hqq", "quantkit-gptq"])
+    found, others = joined(before, made, ["integer"], ["hqq", "quantkit-gptq"])
+    assert not others
     assert [(r["method"], r["group"], r["seed"], r["evaluation"]["kl"]) for r in found] == [
         ("hqq", 64, 0, 0.5), ("quantkit-gptq", 64, 0, 0.3), ("quantkit-gptq", 64, 1, 0.2), ("quantkit-gptq", -1, 0, 0.4),
     ]
     assert json.loads(as_json({"model": "m"}, found)) == {"about": {"model": "m"}, "results": found}
+
+
+def test_results_on_other_tokens_are_not_joined_and_unknown_names_come_last():
+    before = [result("hqq", 0, 0.5), result("gone", 0, 0.6, heldout="this"), result("other", 0, 0.7, heldout="that", family="lost")]
+    fewer = result("fewer", 0, 0.8)
+    fewer["evaluation"]["tokens"] = 5
+
+    found, others = joined([*before, fewer], [result("quantkit-gptq", 0, 0.2, heldout="this")], ["integer"], ["hqq", "quantkit-gptq"])
+
+    assert [r["method"] for r in found] == ["hqq", "quantkit-gptq", "gone"] and [r["method"] for r in others] == ["other", "fewer"]
+    assert [r["family"] for r in joined(before[2:], [], ["integer"], [])[0]] == ["lost"]
+
+
+def test_every_machine_and_number_of_threads_is_named():
+    about = {"model": "m", "rows": 1, "seq_len": 2, "heldout_rows": 1, "calibration": ["c"], "heldout": ["h"], "machine": {"cpu": "new", "cores": 2}}
+    text = markdown("t", about, [result("a", 0, 0.2, machine={"cpu": "old"}), result("b", 0, 0.1, threads=2)])
+    assert "new and old, 1 or 2 threads of 2 cores" in text
 
 
 def test_every_method_has_its_script_and_environment_and_a_known_family():
