@@ -54,7 +54,7 @@ def _made_by(prepared: Prepared, rows: CalibrationSet) -> dict[str, Any]:
     return {
         "rows": rows.fingerprint, "roundings": sorted({repr(layer.rounding) for layer in prepared.plan.layers.values()}),
         "device": str(prepared.device), "torch": torch.__version__, "quantkit": quantkit.__version__,
-    } | ({} if prepared.rotation is None else {"rotation": prepared.rotation.words})  # fmt: skip
+    } | ({} if prepared.rotation is None else {"rotation": prepared.rotation.settings})  # fmt: skip
 
 
 def _kept(prepared: Prepared, path: Path, made_by: dict[str, Any]) -> Measurement | None:

@@ -19,7 +19,7 @@ from quantkit.core.scheme import Scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import Format
 from quantkit.formats.kv_scales import HOLDS_KV_SCALES, is_kv_scale, kv_scheme
-from quantkit.formats.moves import has_order, kept_types, obstacle, scheme_in
+from quantkit.formats.moves import ambiguity, has_order, kept_types, obstacle, scheme_in
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import CONTAINERS, PLAIN, get_format
 from quantkit.formats.stored_layers import stored_shape, wrong_parts
@@ -48,6 +48,7 @@ def plan_plain(source: OpenedCheckpoint, architecture: Architecture, options: Co
     _require_whole(source)
     scales = [name for name in source.dense_names if is_kv_scale(name)] if source.format is not None else []
     plan = lay_out(source, architecture, PLAIN, {}, {}, max_shard_size=options.max_shard_size, dtype=options.carried_dtype, left_out=scales)
+    note_ambiguity(plan, source)
     _note_scales(plan, scales, source)
     _note_types(plan, source)
     return plan
@@ -79,6 +80,7 @@ def plan_moves(source: OpenedCheckpoint, architecture: Architecture, options: Co
         plan.settings["kv_cache_scheme"] = dict(scheme)
     if any(layer.kept and has_order(source, name) for name, layer in layers.items()):
         plan.settings["desc_act"] = True
+    note_ambiguity(plan, source)
     _note_scales(plan, scales, source)
     _note_types(plan, source)
     return plan
@@ -93,6 +95,11 @@ def _require_whole(source: OpenedCheckpoint) -> None:
 def _note_scales(plan: Plan, scales: list[str], source: OpenedCheckpoint) -> None:
     if scales or (plan.format.name not in HOLDS_KV_SCALES and kv_scheme(source.reader.quantization_config) is not None):
         plan.notes.append(f"the scheme of the KV cache and its {len(scales)} scales are left out: {plan.format.name} has no place for them")
+
+
+def note_ambiguity(plan: Plan, source: OpenedCheckpoint) -> None:
+    if (unclear := ambiguity(source)) is not None:
+        plan.notes.append(unclear)
 
 
 def _note_types(plan: Plan, source: OpenedCheckpoint) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil, inf
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from quantkit.checkpoint.source import Source, resolve
 from quantkit.checkpoint.weight_files import some
 from quantkit.conversion.allocation import Allocation, Problem, state_problem
 from quantkit.conversion.allocation_file import Measurement, allocation_path
+from quantkit.conversion.calibration import CalibrationOptions
 from quantkit.conversion.candidates import loadable, require_mixture
-from quantkit.conversion.moving import plan_moves, plan_plain
+from quantkit.conversion.moving import note_ambiguity, plan_moves, plan_plain
 from quantkit.conversion.options import DEFAULT_RECIPE, ConvertOptions
 from quantkit.conversion.plan import Plan, make_plan
 from quantkit.conversion.recipe import Recipe
@@ -91,10 +92,10 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     config = load_config(origin.folder, trust_remote_code=options.trust_remote_code)
     architecture = describe(config, opened, trust_remote_code=options.trust_remote_code)
     _require_tensors(architecture, opened, origin)
-    if options.container == PLAIN.name:
-        return _targeted(Prepared(origin, opened, architecture, None, plan_plain(opened, architecture, options), options, device))
-    if keeps_codes:
-        plan = plan_moves(opened, architecture, options, origin.name)
+    if options.container == PLAIN.name or keeps_codes:
+        is_plain = options.container == PLAIN.name
+        plan = plan_plain(opened, architecture, options) if is_plain else plan_moves(opened, architecture, options, origin.name)
+        _note_unread(plan, options, "a change of container")
         return _targeted(Prepared(origin, opened, architecture, None, plan, options, device))
     if options.moe_calibrate_all_experts:
         _require_experts(architecture, origin)
@@ -111,9 +112,21 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     if prepared.needs_measurement:
         return prepared
     plan = prepared.plan
-    if options.calibration.source is not None and not plan.needs_calibration:
-        plan.notes.append(f"recipe {recipe.name} needs no calibration, so {options.calibration.source} is not read")
+    if opened.format is not None:
+        note_ambiguity(plan, opened)
+    if not plan.needs_calibration:
+        _note_unread(plan, options, f"recipe {recipe.name}")
     return prepared
+
+
+def _note_unread(plan: Plan, options: ConvertOptions, what: str) -> None:
+    """What was said of a calibration that is not needed has no effect."""
+    given, usual = options.calibration, CalibrationOptions()
+    changed = [f.name for f in fields(given) if f.name != "source" and getattr(given, f.name) != getattr(usual, f.name)]
+    if given.source is not None:
+        plan.notes.append(f"{what} needs no calibration, so {given.source} is not read")
+    elif changed:
+        plan.notes.append(f"{what} needs no calibration, so {' and '.join(changed)} change nothing")
 
 
 def _plan(
@@ -148,7 +161,7 @@ def _with_problem(prepared: Prepared) -> Prepared:
     path = allocation_path(options.allocation) if options.allocation is not None else None
     if path is not None and path.exists():
         measurement = Measurement.read(path)
-        if measurement.made_by.get("rotation") != (prepared.rotation and prepared.rotation.words):
+        if measurement.made_by.get("rotation") != (prepared.rotation and prepared.rotation.settings):
             raise UsageError(f"{path} was measured after another rotation, or none; name a new file for a new measurement")
         prepared.allocation.require_covered(measurement, path, prepared.source.reader.fingerprint())
         return allocated(prepared, measurement)

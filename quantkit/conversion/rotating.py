@@ -38,6 +38,7 @@ class PlannedRotation:
         folds: by the name of the stored tensor, as are the gains in them.
         head: the head's name and that of the embedding it was one tensor with; None where the source stores its head.
         words: for people.
+        settings: the recipe's.
     """
 
     original: Architecture
@@ -45,6 +46,7 @@ class PlannedRotation:
     folds: dict[str, Fold]
     head: tuple[str, str] | None
     words: str
+    settings: dict[str, Any]
 
     def add_to(self, plan: Plan) -> None:
         """The head that was the embedding as a tensor of its own, and what a person should know."""
@@ -132,7 +134,7 @@ def _planned(rotation: Rotation, original: Architecture, source: OpenedCheckpoin
         num_without = len(architecture.blocks) - len(rotated.heads)
         few = f" in all but {num_without} blocks" if num_without else ""
         words += f", and heads between values and attention's output ({sizes}){few}" if sizes else "; no block has heads that can be"
-    return PlannedRotation(original, architecture, folds, head, words)
+    return PlannedRotation(original, architecture, folds, head, words, rotation.model_dump())
 
 
 def _untied(architecture: Architecture) -> Any:

@@ -38,7 +38,9 @@ class HessianCollector:
         self._valid: Tensor | None = None
         self._num_tokens = 0
         self._calls: dict[str, int] = {}
-        self._calls_once = False
+        self._longest = 0
+        """Tokens of the longest whole pass so far."""
+        self._any_twice = False
         self._leaves = False
 
     @contextmanager
@@ -47,18 +49,19 @@ class HessianCollector:
 
         Args:
             valid: bool [B, T]; padding is not counted where tokens keep their places, and must not reach experts.
-            whole: False leaves the pass when the last linear is about to run: what it gives is not recorded. Never the first pass, which
-                shows whether each linear is called once.
+            whole: False leaves the pass when the last linear is about to run: what it gives is not recorded. Never the first pass, nor one of more
+                tokens than any before: they show whether each linear is called once.
         """
         self._valid, self._num_tokens = None if bool(valid.all()) else valid.flatten(), valid.numel()
-        self._leaves = not whole and self._calls_once
+        self._leaves = not whole and not self._any_twice and self._num_tokens <= self._longest
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._modules.items()]
         try:
             yield
         except _AllSeen:
             pass
         else:
-            self._calls_once = max(self._calls.values(), default=0) == 1
+            self._longest = max(self._longest, self._num_tokens)
+            self._any_twice |= max(self._calls.values(), default=0) > 1
         finally:
             for handle in handles:
                 handle.remove()

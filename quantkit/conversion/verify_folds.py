@@ -18,14 +18,15 @@ _SUMS = 1e-5
 
 
 def own_recipe(opened: OpenedCheckpoint, source: OpenedCheckpoint | None) -> Recipe | None:
-    """The recipe beside a checkpoint, where it is one of ours and is not the one that its quantized original was made by."""
+    """The recipe beside a checkpoint, where it is one of ours and is not the one that its original was made by."""
     path = opened.reader.folder / "recipe.yaml"
     try:
         recipe = Recipe.load(str(path))
     except QuantkitError:  # there is none, or it is of another tool
         return None
-    before = None if source is None or source.format is None else source.reader.folder / "recipe.yaml"
-    return None if before is not None and before.is_file() and before.read_bytes() == path.read_bytes() else recipe
+    before = None if source is None else source.reader.folder / "recipe.yaml"
+    came_along = before is not None and before.is_file() and before.read_bytes() == path.read_bytes()
+    return None if came_along and (source.format is not None or opened.format is None) else recipe
 
 
 def folded_tensors(recipe: Recipe | None, architecture: Architecture | None) -> set[str]:

@@ -20,7 +20,10 @@ _EXACT = 1e-5
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Within it, products are as exact as ever and made by `product_library`. Also a decorator."""
+    """Within it, products are as exact as ever and made by `product_library`. Also a decorator.
+
+    Torch's older `get_float32_matmul_precision` refuses to answer within it, as with every setting of the newer kind.
+    """
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if product_library() == "oneDNN" else before

@@ -16,6 +16,7 @@ from quantkit.core.scheme_names import named
 from quantkit.formats.base import Format, KeptTypes
 from quantkit.formats.gptq import has_wrapped_zeros
 from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.stored_layers import stored_shape
 
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")
 _INPUT_SCALES = ("input_scale",)
@@ -47,7 +48,7 @@ def obstacle(opened: OpenedCheckpoint, module: str, fmt: Format, shape: tuple[in
         return fmt.why_not(scheme, shape)
     if fmt.name not in ("gptq", "gptq-v2") and has_order(opened, module):
         return f"its columns are in activation order (desc_act), which {fmt.name} has no place for"
-    if _is_ambiguous(opened, module, shape):
+    if is_ambiguous(opened, module, shape):
         return "it stores a zero point less one as all ones, which is 0 to some loaders of GPTQ v1 and one beyond the highest code to others"
     for (what, parts), kept in zip((("weight", _SCALES), ("input", _INPUT_SCALES)), kept_types(opened, module, fmt), strict=True):
         name = _name(opened, module, parts)
@@ -59,11 +60,21 @@ def obstacle(opened: OpenedCheckpoint, module: str, fmt: Format, shape: tuple[in
     return None
 
 
-def _is_ambiguous(opened: OpenedCheckpoint, module: str, shape: tuple[int, int]) -> bool:
+def is_ambiguous(opened: OpenedCheckpoint, module: str, shape: tuple[int, int]) -> bool:
+    """Whether loaders read zero points of the layer in two ways."""
     spec = opened.schemes[module].weight
     if opened.format is None or opened.format.name != "gptq" or spec is None or spec.symmetric:
         return False
     return has_wrapped_zeros(opened.reader.get(f"{module}.qzeros"), spec.bits, shape[0])
+
+
+def ambiguity(opened: OpenedCheckpoint) -> str | None:
+    """Of layers whose zero points loaders read in two ways: how many, and how they are read here."""
+    found = [name for name in opened.schemes if is_ambiguous(opened, name, stored_shape(opened, name))]
+    if not found:
+        return None
+    layers = f"{found[0]} and {len(found) - 1} more layers" if len(found) > 1 else found[0]
+    return f"zero points of {layers} are stored less one as all ones: read here as one beyond the highest code, by some loaders of GPTQ v1 as 0"
 
 
 def has_order(opened: OpenedCheckpoint, module: str) -> bool:

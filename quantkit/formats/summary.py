@@ -23,6 +23,7 @@ from quantkit.formats.engine_rules import Stored, StoredLayer
 from quantkit.formats.engines import CONTAINERS, Verdict, verdicts
 from quantkit.formats.gguf_files import gguf_files, read_gguf_head
 from quantkit.formats.kv_scales import in_words, is_kv_scale, kv_scheme
+from quantkit.formats.moves import ambiguity
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import READ_METHODS
 from quantkit.formats.stored_layers import (
@@ -152,7 +153,8 @@ def _of_opened(opened: OpenedCheckpoint) -> Summary:
     )
     parameters = sum(layer.num_weights for layer in layers) + sum(prod(reader.info(name).shape) for name in dense if not is_kv_scale(name))
     notes = tuple(f"config and tensors contradict each other: {problem}" for problem in contradictions[:1])
-    return _summary(reader, stored, layers, dense, parameters, notes)
+    unclear = None if contradictions else ambiguity(opened)
+    return _summary(reader, stored, layers, dense, parameters, notes if unclear is None else (*notes, unclear))
 
 
 def _of_undecoded(reader: CheckpointReader, reason: str) -> Summary:
