@@ -144,6 +144,17 @@ def test_scales_that_another_type_would_change_are_refused_by_how_much(tmp_path:
     assert lossy.max_error == pytest.approx(float((before[f"{lossy.name}.weight"] - after[f"{lossy.name}.weight"]).abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({"source": "rows.txt"}, "so rows.txt is not read"), ({"num_samples": 3, "seq_len": 64}, "so num_samples and seq_len change nothing")],
+)
+@pytest.mark.parametrize("container", ["compressed-tensors", "bf16"])
+def test_a_calibration_that_has_no_effect_is_told(container: str, given: dict[str, Any], told: str, peers: Path) -> None:
+    plan = plan_conversion(str(peers / "gptq_b4_g128"), options(container, calibration=CalibrationOptions(**given))).plan
+
+    assert f"a change of container needs no calibration, {told}" in plan.notes
+
+
 def test_a_layer_found_changed_in_what_was_written_stops_the_move_whatever_headers_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = with_a_small_scale(tmp_path)
     monkeypatch.setattr("quantkit.conversion.moving.obstacle", lambda *_: None)  # as if a loss had not been foreseen
@@ -292,6 +303,10 @@ def test_a_zero_point_that_loaders_read_in_two_ways_is_refused_before_work_or_qu
     name = "model.layers.2.mlp.up_proj.qzeros"
     edit_tensors(source, lambda tensors: tensors[name].view(-1)[0:1].fill_(-1))
 
+    told = "zero points of model.layers.2.mlp.up_proj are stored less one as all ones: read here as one beyond the highest code"
+    assert any(note.startswith(told) for note in summarize(source).notes)
+    for settings in ({"format": "bf16"}, {"recipe": "w4a16-rtn", "requantize": True}):
+        assert any(note.startswith(told) for note in plan_conversion(str(source), ConvertOptions(**settings)).plan.notes), settings
     with pytest.raises(FormatError, match=r"1 of 28 layers.*layers.2.mlp.up_proj: it stores a zero point less one as all ones"):
         convert(str(source), tmp_path / "out", options("compressed-tensors"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

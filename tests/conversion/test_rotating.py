@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from quantkit.cli import main
 from quantkit.conversion.convert import convert
 from quantkit.conversion.options import ConvertOptions
+from quantkit.conversion.prepare import plan_conversion
 from quantkit.conversion.verify import VerifyOptions, verify
-from quantkit.errors import QuantkitError, RecipeError, UsageError
+from quantkit.errors import OutputError, QuantkitError, RecipeError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from tests.conversion.conftest import contents, edit_config, edit_tensors, save_tiny
 from tests.conversion.test_kv_cache import in_transformers_cache, stored
+from tests.conversion.test_resume import stopped
 from tests.conversion.test_verify import failed
 
 Options = Callable[..., ConvertOptions]
@@ -90,6 +92,17 @@ def test_a_tied_head_becomes_a_tensor_of_its_own_and_its_bytes_are_counted(tmp_p
     assert not torch.allclose(new["lm_head.weight"], new["model.embed_tokens.weight"])
     assert report.bytes_after - report.bytes_before >= 96 * 64 * 4
     assert any("lm_head.weight is stored too" in note for note in report.notes)
+
+
+def test_a_nested_configuration_says_so_of_its_head_too(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True)
+    rotation = plan_conversion(str(source), ConvertOptions(recipe=recipe(tmp_path / "only", ONLY))).rotation
+    assert rotation is not None
+
+    config = rotation.configured({"text_config": {"tie_word_embeddings": True, "hidden_size": 64}, "model_type": "two"})
+
+    assert config == {"text_config": {"tie_word_embeddings": False, "hidden_size": 64}, "model_type": "two", "tie_word_embeddings": False}
+    assert rotation.configured({"text_config": {"hidden_size": 64}})["text_config"] == {"hidden_size": 64}
 
 
 def test_norms_lose_their_gains_and_heads_are_left_alone_where_the_recipe_says_so(tmp_path: Path) -> None:
@@ -197,6 +210,24 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, options: Option
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("after", ["rotation: {name: hadamard, seed: 1}\n", ""], ids=["another seed", "none"])
+def test_a_stopped_run_does_not_go_on_with_another_rotation(after: str, tmp_path: Path, options: Options) -> None:
+    source, rules = save_tiny(tmp_path / "tiny"), "name: own\nrules: [{pattern: .*, scheme: w4a16, rounding: gptq}]\n"
+    stopped(source, tmp_path / "out", options(recipe(tmp_path / "before", f"{rules}rotation: hadamard\n")))
+
+    with pytest.raises(OutputError, match=r"holds the unfinished work of another run: rotation was .*seed"):
+        convert(str(source), tmp_path / "out", options(recipe(tmp_path / "after", rules + after)))
+
+
+def test_verify_takes_a_plain_copy_of_a_rotated_model_for_what_it_is(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True, dtype=torch.bfloat16)
+    convert(str(source), tmp_path / "rotated", ConvertOptions(recipe=recipe(tmp_path / "only", ONLY), measure=False))
+    convert(str(tmp_path / "rotated"), tmp_path / "copy", ConvertOptions(format="bf16"))
+
+    for against in ("rotated", "tiny"):
+        assert failed(verify(tmp_path / "copy", against=str(tmp_path / against), options=VerifyOptions(num_tokens=0))) == {}, against
+
+
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
 def test_verify_finds_a_tensor_that_is_not_the_rotated_originals(name: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "tiny", tie_word_embeddings=True, dtype=torch.bfloat16)
@@ -225,6 +256,16 @@ def test_what_was_measured_on_another_model_does_not_choose_schemes_for_the_rota
         convert(str(tiny), tmp_path / "out", options(**chosen, rotation="hadamard"))
     report = convert(str(tiny), tmp_path / "out", options(**chosen | {"allocation": str(tmp_path / "rotated.json")}, rotation="hadamard"))
     assert report.linear_bpw <= 6.0
+
+
+def test_what_was_measured_with_another_seed_is_refused_too(tmp_path: Path, tiny: Path, options: Options) -> None:
+    rules = "name: own\nrules: [{pattern: .*, scheme: w4a16, rounding: gptq}]\n"
+    own = [recipe(tmp_path / str(seed), f"{rules}rotation: {{name: hadamard, seed: {seed}}}\n") for seed in (0, 5)]
+    chosen = {"target_bpw": 6.0, "allocation": str(tmp_path / "measured.json")}
+    convert(str(tiny), tmp_path / "first", options(own[0], **chosen))
+
+    with pytest.raises(UsageError, match="after another rotation, or none"):
+        convert(str(tiny), tmp_path / "out", options(own[1], **chosen))
 
 
 def test_the_scales_of_a_kv_cache_are_those_of_the_rotated_values(tmp_path: Path, tiny: Path, tokens: Path, options: Options) -> None:

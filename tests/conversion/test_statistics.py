@@ -72,6 +72,20 @@ def test_a_pass_that_need_not_be_whole_is_left_before_the_last_linear_runs() -> 
         assert torch.equal(ours.hessian, theirs.hessian) and ours.num_tokens == theirs.num_tokens == 30, names
 
 
+def test_a_pass_of_more_tokens_than_before_is_whole() -> None:
+    """As a block may take tokens some at a time, and so call its linears again."""
+    linear, everything = nn.Linear(12, 12), torch.ones(1, 40, dtype=torch.bool)
+    collector = HessianCollector({"linear": linear})
+
+    for count in (12, 40, 12, 40):
+        with collector.watching(everything[:, :count], whole=False):
+            for part in torch.randn(count, 12).split(16):
+                linear(part)
+
+    ((_, statistics),) = collector.shared()
+    assert statistics.num_tokens == 104
+
+
 def test_a_linear_that_is_called_twice_is_recorded_twice_though_the_pass_need_not_be_whole() -> None:
     linear, x = nn.Linear(12, 12), torch.randn(1, 5, 12)
     collector = HessianCollector({"linear": linear})

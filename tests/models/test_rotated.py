@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -98,3 +100,51 @@ def test_a_fold_is_the_product_of_matrices_that_it_says() -> None:
     bias = torch.randn(12, generator=generator)
     torch.testing.assert_close(Fold(value_heads=heads, rows=(4, 12), outputs=outputs).applied(bias), bias @ middle @ b)
     torch.testing.assert_close(Fold(inputs, is_transposed=True).applied(weight.T), (weight @ a).T)
+
+
+def test_a_block_that_clips_what_it_adds_is_refused_by_the_last_proof() -> None:
+    """Every place was found: what is tried there is too small to be clipped."""
+    architecture = built("llama")
+    for block in architecture.blocks:
+        mlp = block.module.mlp
+        silu, whole = mlp.act_fn, mlp.forward
+        mlp.act_fn = Louder(silu)
+        mlp.forward = partial(clipped, whole)
+
+    with pytest.raises(DoesNotCommute, match=r"layers\.0: it gives other states than the rotated ones when its weights are rotated"):
+        rotate(architecture, seed=0, with_heads=True)
+
+
+class Louder(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1000 * self.inner(x)
+
+
+def clipped(whole: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return whole(x).clamp(-5, 5)
+
+
+def test_a_head_whose_norm_was_not_proved_is_refused_by_the_last_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.models.rotated.norm_folds", lambda *_: {})  # of a LayerNorm, which takes the mean away
+
+    with pytest.raises(DoesNotCommute, match="the head lm_head is given other states than the rotated ones"):
+        rotate(built("cohere"), seed=0, with_heads=True)
+
+
+@pytest.mark.parametrize("when", ["as it is read", "on the way to the first block"])
+def test_an_embedding_that_is_scaled_channel_by_channel_is_refused(when: str) -> None:
+    architecture = built("llama")
+    scale = torch.linspace(0.5, 2, CONFIG["hidden_size"])
+    embedding = architecture.model.get_input_embeddings()
+    if when == "as it is read":
+        embedding.register_forward_hook(lambda module, args, output: output * scale)
+    else:
+        first = architecture.blocks[0].module
+        first.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * scale, *args[1:]), kwargs), with_kwargs=True)
+
+    with pytest.raises(DoesNotCommute, match="does not become the hidden states as it is, but for a number"):
+        rotate(architecture, seed=0, with_heads=True)
