@@ -10,7 +10,7 @@ import click
 from quantkit.cli.adapter_options import lora_option
 
 _MODES = ("fast", "exact", "int8")
-_MODE_HELP = "exact: float32, equal in any batch. int8: prompts faster, answers less exact; quantized models on CPUs."
+_MODE_HELP = "exact: float32, equal in any batch. int8: faster and less exact; quantized models on CPUs."
 _KV_HELP = "auto (the checkpoint's own), float32, bfloat16, float16, int8, fp8."
 _CONTEXT_HELP = "Tokens of prompt and answer; the model's own by default."
 _QUANTIZATION_HELP = "Quantize an unquantized model while it loads: int8, fp8, w4 or nf4."

@@ -113,6 +113,19 @@ def test_no_rows_and_rows_of_zeros(march: str) -> None:
         assert torch.equal(low_bit_linear.linear(torch.zeros(3, 64), packed, exact=exact), torch.zeros(3, 63))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none_and_in_its_row(march: str, value: float) -> None:
+    packed, _ = make(CASES[1])
+    x = activations(5, 256)
+    expected = [low_bit_linear.linear(x, packed, exact=exact) for exact in (True, False)]
+    x[2, 77] = value
+
+    for exact, before in zip((True, False), expected, strict=True):
+        found = low_bit_linear.linear(x, packed, exact=exact)
+        assert not found[2].isfinite().any()
+        assert torch.equal(found[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+
+
 def test_half_precision_activations_and_views_are_taken() -> None:
     packed, _ = make(CASES[1])
     x = activations(4, 256).bfloat16()

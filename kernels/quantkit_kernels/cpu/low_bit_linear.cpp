@@ -125,14 +125,18 @@ static void round_band(const Call &c, const Rounded &r, Band rows) {
         const float *x = c.x + (rows.first + t) * c.k;
         int8_t *to = r.codes + rows.first * c.k + t * 4;
         for (int64_t i = 0; i < runs; i++, x += c.run) {
-            floats most = {};
+            floats most = {}, nothing = {};  // which is no number where a value is none, or infinite: then the row's results are none either
             for (int64_t j = 0; j < c.run; j += ROWS) {
                 floats value = load(x + j), size = value < 0 ? -value : value;
                 most = size > most ? size : most;
+                nothing += value * 0.0f;
             }
-            float largest = 0;
-            for (int lane = 0; lane < ROWS; lane++) largest = most[lane] > largest ? most[lane] : largest;
-            const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+            float largest = 0, none = 0;
+            for (int lane = 0; lane < ROWS; lane++) {
+                largest = most[lane] > largest ? most[lane] : largest;
+                none += nothing[lane];
+            }
+            const float scale = largest / 127.0f + none, inverse = largest > 0 ? 127.0f / largest : 0.0f;
             ints sums = {};
             for (int64_t j = 0; j < c.run; j += ROWS) {
                 ints codes = __builtin_convertvector(load(x + j) * inverse + HALFWAY - HALFWAY, ints);
