@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import Tensor
 
 NATIVE = library("low_bit_linear") is not None
 pytestmark = pytest.mark.skipif(not NATIVE, reason="needs a C++ compiler")
-HAS = {"native": True, "x86-64-v3": torch.backends.cpu.get_cpu_capability().startswith("AVX"), "x86-64": os.uname().machine == "x86_64"}
+HAS = {"native": True, "x86-64-v3": torch.backends.cpu.get_cpu_capability().startswith("AVX"), "x86-64": platform.machine() in ("x86_64", "AMD64")}
 CASES = [
     (63, 64, 32, 4, True, torch.float16),
     (48, 256, 128, 4, False, torch.bfloat16),
