@@ -126,7 +126,7 @@ def _note_unread(plan: Plan, options: ConvertOptions, what: str) -> None:
     if given.source is not None:
         plan.notes.append(f"{what} needs no calibration, so {given.source} is not read")
     elif changed:
-        plan.notes.append(f"{what} needs no calibration, so {' and '.join(changed)} change nothing")
+        plan.notes.append(f"{what} needs no calibration, so {' and '.join(changed)} {'change' if len(changed) > 1 else 'changes'} nothing")
 
 
 def _plan(

@@ -40,14 +40,23 @@ def test_the_setting_is_as_it_was_afterwards_whatever_happens(anew: None, monkey
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-@pytest.mark.parametrize(("vendor", "is_exact"), [("GenuineIntel", True), ("AuthenticAMD", False)])
+@pytest.mark.parametrize(
+    ("vendor", "instructions", "is_exact", "library"),
+    [
+        ("AuthenticAMD", "AVX512", True, "oneDNN"), ("AuthenticAMD", "AVX512", False, "torch's own"), ("AuthenticAMD", "AVX2", True, "torch's own"),
+        ("GenuineIntel", "AVX512", True, "torch's own"),
+    ],
+)  # fmt: skip
 def test_mkl_keeps_intels_processors_and_those_that_would_round_to_bfloat16(
-    vendor: str, is_exact: bool, anew: None, monkeypatch: pytest.MonkeyPatch
+    vendor: str, instructions: str, is_exact: bool, library: str, anew: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "_vendor", lambda: vendor)
     monkeypatch.setattr(products, "_is_exact", lambda: is_exact)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    for backend in (torch.backends.mkl, torch.backends.mkldnn):
+        monkeypatch.setattr(backend, "is_available", lambda: True)
 
-    assert products.product_library() == "torch's own"
+    assert products.product_library() == library
 
 
 def test_factors_rounded_to_bfloat16_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
