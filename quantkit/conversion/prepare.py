@@ -107,15 +107,8 @@ def plan_conversion(source: str, options: ConvertOptions) -> Prepared:
     plan = _plan(opened, architecture, recipe, options, rotation)
     prepared = Prepared(origin, opened, architecture, recipe, plan, options, device, rotation=rotation)
     prepared = _with_problem(prepared) if recipe.allocate is not None else _targeted(prepared)
-    if options.requantize and opened.format is None:
-        prepared.plan.notes.append(f"{origin.name} is not quantized, so there is nothing that --requantize changes")
-    if prepared.needs_measurement:
-        return prepared
-    plan = prepared.plan
-    if opened.format is not None:
-        note_ambiguity(plan, opened)
-    if not plan.needs_calibration:
-        _note_unread(plan, options, f"recipe {recipe.name}")
+    if not (prepared.needs_measurement or prepared.plan.needs_calibration):
+        _note_unread(prepared.plan, options, f"recipe {recipe.name}")
     return prepared
 
 
@@ -138,6 +131,10 @@ def _plan(
     tuning_of(plan)  # refuses rules that tune unlike
     if rotation is not None:
         rotation.add_to(plan)
+    if opened.format is not None:
+        note_ambiguity(plan, opened)
+    elif options.requantize:
+        plan.notes.append("the source is not quantized, so there is nothing that --requantize changes")
     return plan
 
 

@@ -305,7 +305,8 @@ def test_a_zero_point_that_loaders_read_in_two_ways_is_refused_before_work_or_qu
 
     told = "zero points of model.layers.2.mlp.up_proj are stored less one as all ones: read here as one beyond the highest code"
     assert any(note.startswith(told) for note in summarize(source).notes)
-    for settings in ({"format": "bf16"}, {"recipe": "w4a16-rtn", "requantize": True}):
+    again = {"recipe": "w4a16-rtn", "requantize": True}
+    for settings in ({"format": "bf16"}, again, again | {"recipe": "w4a16-gptq", "target_bpw": 4.5}):
         assert any(note.startswith(told) for note in plan_conversion(str(source), ConvertOptions(**settings)).plan.notes), settings
     with pytest.raises(FormatError, match=r"1 of 28 layers.*layers.2.mlp.up_proj: it stores a zero point less one as all ones"):
         convert(str(source), tmp_path / "out", options("compressed-tensors"))
