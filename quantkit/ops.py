@@ -2,13 +2,16 @@
 
 Three modes. "exact" computes in float32 from the weights as they are stored, and a token's result does not depend on what else is in the batch.
 "fast" takes the fastest kernel whose result is as near as 16-bit arithmetic is. "int8" gives up accuracy for speed: activations are rounded to 8
-bits, one scale for a run of columns, and multiplied as integers with the codes of integer weights, or, where no native kernel takes those, one scale
-a token, and with weights rounded again to 8 bits a row (`quantkit bench modes` measures what that costs).
+bits, one scale for a run of columns, and multiplied as integers with the codes of integer weights or with the levels of 4-bit floats and tables, or,
+where no native kernel takes those, one scale a token, and with weights rounded again to 8 bits a row (`quantkit bench modes` measures what that
+costs).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from math import gcd
 from typing import Literal
 
 import torch
@@ -22,7 +25,7 @@ from quantkit.core.activations import fake_quantize, quantize_activations
 from quantkit.core.data_free import INT8_ROWS, to_int8_rows
 from quantkit.core.levels import table
 from quantkit.core.qtensor import LLM_INT8_STEP, QuantizedTensor
-from quantkit.core.scheme import ActivationSpec, Scheme
+from quantkit.core.scheme import CHANNEL, ActivationSpec, Scheme
 from quantkit.errors import UsageError
 
 Mode = Literal["fast", "exact", "int8"]
@@ -45,34 +48,42 @@ def dense_linear(weight: Tensor, mode: Mode) -> Linear:
 
 def quantized_linear(q: QuantizedTensor, scheme: Scheme, mode: Mode) -> Linear:
     """A quantized weight, repacked once for the kernel that runs it; on the device that `q` is on."""
-    is_native = scheme.activation is None and why_not_native(q) is None
-    if is_native and mode != "fast":
-        return _native(q, exact=mode == "exact")
-    if mode == "int8" and scheme.activation is None:
-        return _int8_activations(to_int8_rows(q), ActivationSpec())
-    if scheme.activation == ActivationSpec() and why_not_int8_activations(q) is None:
-        return _int8_activations(q, scheme.activation)
-    if scheme.activation is None and mode == "fast" and why_not_int4(q) is None:
+    activation = scheme.activation
+    if (order := _order_by_group(q, activation)) is not None:
+        in_order = quantized_linear(replace(q, codes=q.codes[:, order], group_of_column=None), scheme, mode)
+        return lambda x: in_order(x[:, order])
+    if activation is None and mode == "int8":
+        is_native = why_not_native(q, exact=False) is None
+        return _native(q, exact=False) if is_native else _int8_activations(to_int8_rows(q), ActivationSpec())
+    if activation == ActivationSpec() and why_not_int8_activations(q) is None:
+        return _int8_activations(q, activation)
+    if activation is None and mode == "fast" and why_not_int4(q) is None:
         group = q.spec.group_size(q.shape[1])
         packed, scales = int4_linear.pack(q.codes, q.scale, q.spec.mid_code if q.zero is None else q.zero)
         return lambda x: int4_linear.linear(x, packed, scales, group)
-    if scheme.activation is None and mode == "fast" and why_not_int8(q) is None:
+    if activation is None and mode == "fast" and why_not_int8(q) is None:
         codes, scale = int8_linear.pack(q.codes, q.scale)
         return lambda x: int8_linear.linear(x, codes, scale, fast_bfloat16=has_fast_bfloat16())
-    if is_native:
-        return _native(q, exact=True)
-    return _dequantized(q, scheme.activation, mode)
+    product = _native(q, exact=True) if why_not_native(q, exact=True) is None else _dequantized(q, mode)
+    static = q.input_scale
+    return product if activation is None else lambda x: product(fake_quantize(x, activation, static))
 
 
-def why_not_native(q: QuantizedTensor) -> str | None:
-    """Why the native kernel of this device for groups of integers does not take the tensor, or None when it does."""
+def why_not_native(q: QuantizedTensor, *, exact: bool) -> str | None:
+    """Why the native kernel of this device for weights in groups does not take the tensor, or None when it does.
+
+    Args:
+        exact: multiplied by float32 activations; otherwise by activations of 8 bits.
+    """
     if q.codes.device.type != "cpu":
         return "no kernel for this device yet"
-    if q.spec.kind != "int" or q.spec.scale != "float" or q.spec.spans_rows or q.group_of_column is not None:
-        return "not integers with a scale for each run of columns of a row"
+    if q.group_of_column is not None:
+        return "groups that are not runs of columns, and not of equal size"
     if q.zero is not None and not 0 <= int(q.zero.min()) <= int(q.zero.max()) <= 255:
         return "a zero point beyond what a byte holds"
-    return low_bit_linear.why_not(q.shape[1], q.spec.group_size(q.shape[1]), q.spec.bits)
+    if q.spec.kind == "e4m3" and (not exact or bool((q.codes & 127 == 127).any())):
+        return "8-bit floats by activations of 8 bits, or codes that are no numbers"
+    return low_bit_linear.why_not(q.shape[1], _run_of_scale(q), q.spec.bits, exact=exact)
 
 
 def why_not_int4(q: QuantizedTensor) -> str | None:
@@ -131,35 +142,52 @@ def _invariant(x: Tensor, weight: Tensor) -> Tensor:
     return invariant_linear.linear(x.float(), weight) if x.device.type == "cpu" else functional.linear(x.float(), weight)
 
 
-def _dequantized(q: QuantizedTensor, activation: ActivationSpec | None, mode: Mode) -> Linear:
+def _dequantized(q: QuantizedTensor, mode: Mode) -> Linear:
     """What runs every scheme: weights held as they are stored, two of at most 4 bits in a byte, and dequantized a few rows at a time."""
     product = _invariant if mode == "exact" else functional.linear
     codes, scale, group_of_column = reference.pack_nibbles(q.codes) if q.spec.bits <= 4 else q.codes, row_scales(q), q.group_of_column
-    zero: Tensor | int = q.zero if q.zero is not None else q.spec.mid_code if q.spec.kind == "int" else 0
-    levels = table(q.spec.kind)
+    zero, levels = _zero(q), table(q.spec.kind)
     levels = None if levels is None else levels.to(codes.device)
-    if activation is None:
-        return lambda x: reference.low_bit_linear(x, codes, scale, zero, group_of_column, product, levels)
-    static = q.input_scale
-    return lambda x: reference.low_bit_linear(fake_quantize(x, activation, static), codes, scale, zero, group_of_column, product, levels)
+    return lambda x: reference.low_bit_linear(x, codes, scale, zero, group_of_column, product, levels)
 
 
 def row_scales(q: QuantizedTensor) -> Tensor:
     """The scales as [N, G], G equal runs of columns, whatever shares them: plain ones in their own type, others in float32."""
     rows, columns = q.shape
-    spec = q.spec
-    if spec.is_flat and columns % spec.group_size(columns):
-        return q.expand(q.scales)
+    spec, run = q.spec, _run_of_scale(q)
+    if spec.is_flat:
+        return q.scales.repeat_interleave(spec.group_size(columns) // run)[: rows * columns // run].view(rows, -1)
     if spec.spans_rows:
-        high = 1 if spec.is_flat else rows if spec.group is None else spec.group[0]
-        return q.scales.view(-1, columns // spec.group_size(columns)).repeat_interleave(high, dim=0)[:rows]
+        high = rows if spec.group is None else spec.group[0]
+        return q.scales.view(-1, columns // run).repeat_interleave(high, dim=0)[:rows]
     if spec.scale == "row maximum":
         return q.scales * LLM_INT8_STEP
     return q.scale if spec.scale == "float" else q.scales
 
 
+def _run_of_scale(q: QuantizedTensor) -> int:
+    """Columns of a row, from the first on, that share a scale; of blocks that run over the ends of rows, what is left of them everywhere."""
+    size = q.spec.group_size(q.shape[1])
+    return gcd(q.shape[1], size) if q.spec.is_flat else size
+
+
+def _order_by_group(q: QuantizedTensor, activation: ActivationSpec | None) -> Tensor | None:
+    """The order of columns in which groups are runs; None where they are, or where some are larger than others, or inputs have groups as well."""
+    if q.group_of_column is None or (activation is not None and activation.group not in (CHANNEL, None)):
+        return None
+    sizes = q.group_of_column.long().bincount(minlength=q.scale.shape[1])
+    return q.group_of_column.argsort(stable=True) if bool((sizes == q.spec.group_size(q.shape[1])).all()) else None
+
+
+def _zero(q: QuantizedTensor) -> Tensor | int:
+    return q.zero if q.zero is not None else q.spec.mid_code if q.spec.kind == "int" else 0
+
+
 def _native(q: QuantizedTensor, *, exact: bool) -> Linear:
-    packed = low_bit_linear.pack(q.codes, q.scale, q.spec.mid_code if q.zero is None else q.zero, q.spec.bits)
+    scale = row_scales(q)
+    if scale.dtype == torch.float32 and torch.equal(scale.bfloat16().float(), scale):
+        scale = scale.bfloat16()  # as powers of two are
+    packed = low_bit_linear.pack(q.codes, scale, _zero(q), q.spec.bits, table(q.spec.kind))
     return lambda x: low_bit_linear.linear(x, packed, exact=exact).to(x.dtype)
 
 

@@ -18,16 +18,35 @@ from torch import Tensor
 NATIVE = library("low_bit_linear") is not None
 pytestmark = pytest.mark.skipif(not NATIVE, reason="needs a C++ compiler")
 HAS = {"native": True, "x86-64-v3": torch.backends.cpu.get_cpu_capability().startswith("AVX"), "x86-64": platform.machine() in ("x86_64", "AMD64")}
+E2M1 = torch.tensor([sign * m for sign in (1.0, -1.0) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+UNEVEN = torch.linspace(-1, 0.9, 16) ** 3
+LEVELS = {"e2m1": E2M1, "uneven": UNEVEN, "e4m3": low_bit_linear.every_e4m3(), "int": None}
+"""What codes stand for: 4-bit floats, which halves hold; a table that 8 bits hold only rounded; 8-bit floats; integers."""
 CASES = [
-    (63, 64, 32, 4, True, torch.float16),
-    (48, 256, 128, 4, False, torch.bfloat16),
-    (17, 128, 64, 3, True, torch.float16),
-    (16, 192, 96, 2, False, torch.float32),
-    (40, 512, 512, 8, False, torch.float32),
-    (33, 256, 64, 8, True, torch.bfloat16),
-    (5, 160, 32, 5, True, torch.float16),
+    (63, 64, 32, 4, "zeros", torch.float16),
+    (48, 256, 128, 4, "int", torch.bfloat16),
+    (17, 128, 64, 3, "zeros", torch.float16),
+    (16, 192, 96, 2, "int", torch.float32),
+    (40, 512, 512, 8, "int", torch.float32),
+    (33, 256, 64, 8, "zeros", torch.bfloat16),
+    (5, 160, 32, 5, "zeros", torch.float16),
+    (37, 256, 64, 4, "e2m1", torch.bfloat16),
+    (63, 96, 32, 4, "uneven", torch.float16),
 ]
-"""Rows, columns, group, bits, with zero points or without, type of scales."""
+"""Rows, columns, group, bits, what codes stand for (integers with zero points, or without), type of scales."""
+EXACT_CASES = [
+    (37, 96, 16, 4, "e2m1", torch.float32),
+    (16, 64, 16, 8, "int", torch.float16),
+    (20, 128, 16, 4, "zeros", torch.float32),
+    (63, 192, 96, 8, "e4m3", torch.float32),
+    (33, 96, 32, 8, "e4m3", torch.bfloat16),
+    (18, 64, 16, 8, "e4m3", torch.float32),
+]
+"""Which are multiplied by float32 activations alone."""
+
+
+def names(case: tuple) -> str:
+    return "-".join(map(str, case[:5]))
 
 
 @pytest.fixture(params=[march for march, is_here in HAS.items() if is_here])
@@ -41,14 +60,19 @@ def march(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 def make(case: tuple) -> tuple[low_bit_linear.Packed, Tensor]:
     """A weight as the kernel has it, and in float64."""
-    rows, columns, group, bits, has_zeros, kind = case
+    rows, columns, group, bits, kind, scale_type = case
     generator = torch.Generator().manual_seed(rows)
     codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
     codes[0] = 2**bits - 1  # the ends of the range, where integer sums are largest
-    scale = (torch.rand(rows, columns // group, generator=generator) * 0.02 + 0.001).to(kind)
-    zero = torch.randint(0, 2**bits, scale.shape, generator=generator) if has_zeros else 2 ** (bits - 1)
-    by_group = codes.double().view(rows, -1, group) - (zero[..., None] if has_zeros else zero)
-    return low_bit_linear.pack(codes, scale, zero, bits), (by_group * scale.double()[..., None]).view(rows, columns)
+    if kind == "e4m3":
+        codes[codes & 127 == 127] -= 1  # which are no numbers
+    levels = LEVELS.get(kind)
+    scale = (torch.rand(rows, columns // group, generator=generator) * 0.02 + 0.001).to(scale_type)
+    zero = torch.randint(0, 2**bits, scale.shape, generator=generator) if kind == "zeros" else 2 ** (bits - 1)
+    by_group = (codes.double() if levels is None else levels.double()[codes.long()]).view(rows, -1, group)
+    if levels is None:
+        by_group = by_group - (zero[..., None] if isinstance(zero, Tensor) else zero)
+    return low_bit_linear.pack(codes, scale, zero, bits, levels), (by_group * scale.double()[..., None]).view(rows, columns)
 
 
 def activations(count: int, columns: int) -> Tensor:
@@ -66,22 +90,31 @@ def rounded(x: Tensor, group: int) -> Tensor:
     return (codes * (largest / 127).double()).view_as(x)
 
 
+def with_whole_levels(case: tuple, weight: Tensor) -> Tensor:
+    """The same where a table's levels are 127 steps of the largest and 8 bits hold no others."""
+    if case[4] != "uneven":
+        return weight
+    rows, columns, group, *_ = case
+    scale = make((*case[:4], "int", case[5]))[0].scales.transpose(1, 2).reshape(-1, columns // group)[:rows].double().repeat_interleave(group, 1)
+    return (weight / scale * 127).round() / 127 * scale
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 13, 30])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:5])))
+@pytest.mark.parametrize("case", CASES + EXACT_CASES, ids=names)
 def test_products_are_those_of_float64(march: str, case: tuple, count: int) -> None:
     packed, weight = make(case)
     x = activations(count, case[1])
 
-    exact, int8 = (low_bit_linear.linear(x, packed, exact=exact) for exact in (True, False))
+    exact = low_bit_linear.linear(x, packed, exact=True)
 
-    expected, of_rounded = x.double() @ weight.T, rounded(x, case[2]) @ weight.T
-    sizes = x.double().abs() @ weight.abs().T
-    assert bool(((exact - expected).abs() <= 1e-6 * sizes).all())
-    assert (int8 - of_rounded).norm() < 1e-6 * of_rounded.norm() and (int8 - expected).norm() < 0.02 * expected.norm()
+    expected = x.double() @ weight.T
+    assert bool(((exact - expected).abs() <= 1e-6 * (x.double().abs() @ weight.abs().T)).all())
+    if case in CASES:
+        int8, of_rounded = low_bit_linear.linear(x, packed, exact=False), rounded(x, case[2]) @ with_whole_levels(case, weight).T
+        assert (int8 - of_rounded).norm() < 1e-6 * of_rounded.norm() and (int8 - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "int8"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:5])))
+@pytest.mark.parametrize(("case", "exact"), [(case, True) for case in CASES + EXACT_CASES] + [(case, False) for case in CASES], ids=str)
 def test_a_row_is_the_same_to_the_bit_in_any_batch(march: str, case: tuple, exact: bool) -> None:
     packed, _ = make(case)
     x = activations(23, case[1])
@@ -93,7 +126,7 @@ def test_a_row_is_the_same_to_the_bit_in_any_batch(march: str, case: tuple, exac
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    packed, _ = make((800, 256, 64, 4, True, torch.float16))
+    packed, _ = make((800, 256, 64, 4, "zeros", torch.float16))
     x, before = activations(9, 256), torch.get_num_threads()
     try:
         found = []
@@ -138,11 +171,14 @@ def test_half_precision_activations_and_views_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "group", "bits", "why"),
-    [(96, 48, 4, "groups of 48"), (100, 32, 4, "100 columns"), (64, 64, 9, "9 bits"), (64, 32, 4, None)],
-)
-def test_what_it_does_not_take_is_said(columns: int, group: int, bits: int, why: str | None) -> None:
-    found = low_bit_linear.why_not(columns, group, bits)
+    ("columns", "group", "bits", "exact", "why"),
+    [
+        (96, 48, 4, True, "groups of 48"), (100, 32, 4, True, "100 columns"), (64, 64, 9, True, "9 bits"), (64, 32, 4, False, None),
+        (64, 16, 4, True, None), (64, 16, 4, False, "groups of 16"), (48, 16, 4, True, "48 columns"),
+    ],
+)  # fmt: skip
+def test_what_it_does_not_take_is_said(columns: int, group: int, bits: int, exact: bool, why: str | None) -> None:
+    found = low_bit_linear.why_not(columns, group, bits, exact=exact)
 
     assert found is None if why is None else why in found
 
@@ -153,6 +189,22 @@ def test_wrong_activations_are_refused() -> None:
     for x in (torch.zeros(2, 65), torch.zeros(64), torch.zeros(2, 64, device="meta")):
         with pytest.raises(ValueError, match=r"low_bit_linear takes \[M, 64\] on a CPU, not"):
             low_bit_linear.linear(x, packed, exact=True)
+
+
+def test_there_is_no_other_way_than_float32_for_some_weights_and_no_other_levels() -> None:
+    for case in EXACT_CASES:
+        with pytest.raises(ValueError, match=f"groups of {case[2]} by float32 activations alone"):
+            low_bit_linear.linear(activations(1, case[1]), make(case)[0], exact=False)
+    with pytest.raises(ValueError, match="levels are 256; the kernel takes 16, or the 256 of"):
+        low_bit_linear.pack(torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 1), 0, 8, torch.arange(256.0))
+
+
+def test_levels_that_halves_hold_are_not_rounded() -> None:
+    whole, unit = low_bit_linear.whole_levels(E2M1)
+
+    assert unit == 0.5 and torch.equal((whole.float() - 128) * unit, E2M1)
+    assert low_bit_linear.whole_levels(torch.arange(-8.0, 8))[1] == 1.0
+    assert low_bit_linear.whole_levels(UNEVEN)[1] == pytest.approx(1 / 127)
 
 
 @pytest.mark.parametrize("march", [name for name, is_here in HAS.items() if is_here])
@@ -173,10 +225,10 @@ from tests.kernels import test_low_bit_linear as cases
 from quantkit_kernels.cpu import low_bit_linear
 checked = ctypes.CDLL({str(tmp_path / "checked.so")!r})
 low_bit_linear.library = lambda name: checked
-for case in cases.CASES:
+for case in cases.CASES + cases.EXACT_CASES:
     packed, _ = cases.make(case)
     for count in (1, 2, 5, 13):
-        for exact in (True, False):
+        for exact in (True, False) if case in cases.CASES else (True,):
             low_bit_linear.linear(cases.activations(count, case[1]), packed, exact=exact)
 print("ran")
 """

@@ -93,7 +93,7 @@ def prompts(reference: Path) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Sway:
-    """How far a model with rounded inputs moves when those move by no more than float32 products are off: codes fall to the other side then."""
+    """How far a model with rounded inputs moves when its products are no further off than float32's are: codes fall to the other side then."""
 
     kl: float
     logit: float
@@ -101,12 +101,16 @@ class Sway:
 
 @torch.no_grad()
 def sway_of(model: torch.nn.Module, linear: type[torch.nn.Module], prompts: list[list[int]]) -> Sway:
-    """The largest of three draws. `linear` is the class of the modules that round."""
-    kl, logit = 0.0, 0.0
-    still = [model(input_ids=torch.tensor([prompt])).logits[0, :-1] for prompt in prompts]
-    for seed in range(3):
+    """The larger of two kinds: inputs moved at random by as much, three draws; and the products in float64. `linear` is the modules that round."""
+    rounding = [module for module in model.modules() if isinstance(module, linear)]
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    still, kl, logit = [model(input_ids=torch.tensor([prompt])).logits[0, :-1] for prompt in prompts], 0.0, 0.0
+    for seed in range(4):
         draws, swayed = torch.Generator().manual_seed(seed), Divergence()
-        handles = [m.register_forward_pre_hook(partial(_nudged, draws)) for m in model.modules() if isinstance(m, linear)]
+        if seed == 0:
+            handles = [module.register_forward_hook(_wide) for module in linears]
+        else:
+            handles = [module.register_forward_pre_hook(partial(_nudged, draws)) for module in rounding]
         for prompt, before in zip(prompts, still, strict=True):
             ids = torch.tensor([prompt])
             after = model(input_ids=ids).logits[0, :-1]
@@ -120,3 +124,8 @@ def sway_of(model: torch.nn.Module, linear: type[torch.nn.Module], prompts: list
 
 def _nudged(draws: torch.Generator, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (inputs[0] * (1 + 3e-7 * torch.randn(inputs[0].shape, generator=draws)), *inputs[1:])
+
+
+def _wide(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    product = inputs[0].double() @ module.weight.double().T
+    return (product if module.bias is None else product + module.bias.double()).to(output.dtype)
