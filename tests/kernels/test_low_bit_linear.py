@@ -32,6 +32,8 @@ CASES = [
     (5, 160, 32, 5, "zeros", torch.float16),
     (37, 256, 64, 4, "e2m1", torch.bfloat16),
     (63, 96, 32, 4, "uneven", torch.float16),
+    (20, 256, 32, 4, "zeros", torch.float16),
+    (16, 320, 32, 8, "int", torch.float16),
 ]
 """Rows, columns, group, bits, what codes stand for (integers with zero points, or without), type of scales."""
 EXACT_CASES = [
@@ -83,7 +85,8 @@ def activations(count: int, columns: int) -> Tensor:
 
 def rounded(x: Tensor, group: int) -> Tensor:
     """In 8 bits, one scale for each run of columns, written independently of the kernel."""
-    run = max(run for run in (32, 64, 128) if group % run == 0)
+    whole = max(run for run in (32, 64, 128) if group % run == 0)
+    run = max(run for run in (32, 64, 128) if run % whole == 0 and x.shape[1] % run == 0)
     runs = x.view(len(x), -1, run)
     largest = runs.abs().amax(-1, keepdim=True)
     codes = (runs.double() * (127 / largest).double()).nan_to_num().round()

@@ -1,6 +1,6 @@
 // Products of few or many rows of activations with a weight of up to 4 or of 8 bits in groups of columns, in two ways:
 //
-// - `int8`: activations are rounded to 8 bits with one scale for each run of columns and multiplied as integers, which is exact; runs are scaled and
+// - `int8`: activations are rounded to 8 bits with one scale for each run of columns and multiplied as integers, which is exact; sums are scaled and
 //   added in float32, first to last. 4-bit codes of a table stand for its levels rounded to 8 bits.
 // - `exact`: codes become float32 weights, level * scale, and are multiplied and added in float32 in an order that is the same for every row. The
 //   level of an integer is code - zero.
@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-enum { ROWS = 16, BLOCK = 32, MOST_RUN = 128, MOST_DECODED = 192, TILES_AT_ONCE = 8 };
+enum { ROWS = 16, BLOCK = 32, MOST_STRETCH = 128, MOST_DECODED = 192, TILES_AT_ONCE = 8 };
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 enum Kind { INT4, INT8, TABLE4, E4M3 };  // integers of up to 4 or 8 bits, 4-bit codes of 16 levels, 8-bit floats
 
@@ -29,7 +29,9 @@ struct Call {
     const uint8_t *zeros;  // [tiles, groups, 16], or NULL where every zero point is `middle`
     const float *levels;   // [16] of a table
     const uint8_t *whole;  // [16], the levels of a table as integers of 8 bits and 128 more, whose scale is `unit` times as large
-    int64_t m, n, k, group, run;  // group: 16, or a multiple of 32; run: columns of one activation scale, a multiple of 32 that divides larger groups
+    // Columns of a scale of weights, 16 or a multiple of 32; of one sum of products, 32, 64 or 128 that divide larger groups; and of a scale of
+    // activations, as many sums.
+    int64_t m, n, k, group, stretch, run;
     float unit;
     int32_t kind, middle, type, exact;
 };
@@ -101,8 +103,9 @@ static inline void store(const Call &c, int64_t m, int64_t tile, floats value) {
 
 // ---- activations of 8 bits, in bands of up to MOST rows
 
+// MOST, MOST_EXACT: rows of activations at once; TILES: of weights. SIGNED_8: what `sum_stretch` takes off each integer of 8 bits.
 #if defined(__AVX512VNNI__)
-enum { MOST = 6, MOST_EXACT = 4, TILES = 2, SIGNED_8 = 0 };  // rows of activations and tiles of weights at once; what `sum_run` takes off each integer of 8 bits
+enum { MOST = 6, MOST_EXACT = 4, TILES = 2, SIGNED_8 = 0 };
 #elif defined(__AVX2__)
 enum { MOST = 4, MOST_EXACT = 2, TILES = 1, SIGNED_8 = 128 };
 #else
@@ -123,15 +126,17 @@ static inline Band band(int64_t m, int64_t bands, int64_t index) {
 struct Rounded {
     int8_t *codes;   // [bands, k / 4, T, 4]
     float *scale;    // [bands, k / run, T]
-    int32_t *sum;    // [bands, k / run, T], of the codes; times the zero point where that is the same everywhere. What it takes off a sum of products
+    int32_t *less;   // [bands, k / stretch, T], the codes' sum, negative; times the zero point where that is the same everywhere: where sums begin
 };
 
 static void round_band(const Call &c, const Rounded &r, Band rows) {
     const int64_t runs = c.k / c.run, T = rows.count;
+    const int32_t zero = c.zeros ? 1 : c.middle - (c.kind == INT4 ? 0 : SIGNED_8);
     for (int64_t t = 0; t < T; t++) {
         const float *x = c.x + (rows.first + t) * c.k;
         int8_t *to = r.codes + rows.first * c.k + t * 4;
-        for (int64_t i = 0; i < runs; i++, x += c.run) {
+        int32_t *less = r.less + rows.first * (c.k / c.stretch) + t;
+        for (int64_t i = 0; i < runs; i++) {
             floats most = {}, nothing = {};  // which is no number where a value is none, or infinite: then the row's results are none either
             for (int64_t j = 0; j < c.run; j += ROWS) {
                 floats value = load(x + j), size = value < 0 ? -value : value;
@@ -144,22 +149,24 @@ static void round_band(const Call &c, const Rounded &r, Band rows) {
                 none += nothing[lane];
             }
             const float scale = largest / 127.0f + none, inverse = largest > 0 ? 127.0f / largest : 0.0f;
-            ints sums = {};
-            for (int64_t j = 0; j < c.run; j += ROWS) {
-                ints codes = __builtin_convertvector(load(x + j) * inverse + HALFWAY - HALFWAY, ints);
-                signed_bytes narrow = __builtin_convertvector(codes, signed_bytes);
-                sums += codes;
-                for (int q = 0; q < 4; q++, to += 4 * T) memcpy(to, (int8_t *)&narrow + 4 * q, 4);
-            }
-            int32_t sum = 0;
-            for (int lane = 0; lane < ROWS; lane++) sum += sums[lane];
             r.scale[rows.first * runs + i * T + t] = scale;
-            r.sum[rows.first * runs + i * T + t] = c.zeros ? sum : sum * (c.middle - (c.kind == INT4 ? 0 : SIGNED_8));
+            for (const float *end = x + c.run; x < end; less += T) {
+                ints sums = {};
+                for (int64_t j = 0; j < c.stretch; j += ROWS, x += ROWS) {
+                    ints codes = __builtin_convertvector(load(x) * inverse + HALFWAY - HALFWAY, ints);
+                    signed_bytes narrow = __builtin_convertvector(codes, signed_bytes);
+                    sums += codes;
+                    for (int q = 0; q < 4; q++, to += 4 * T) memcpy(to, (int8_t *)&narrow + 4 * q, 4);
+                }
+                int32_t sum = 0;
+                for (int lane = 0; lane < ROWS; lane++) sum += sums[lane];
+                *less = -sum * zero;
+            }
         }
     }
 }
 
-// ---- sums of integer products over one run of columns, for P tiles of weights, `apart` bytes from one to the next, and T rows of activations
+// ---- sums of integer products over one stretch of columns, for P tiles of weights, `apart` bytes from one to the next, and T rows of activations
 
 static inline int32_t four(const int8_t *x) {
     int32_t word;
@@ -170,7 +177,7 @@ static inline int32_t four(const int8_t *x) {
 #if defined(__AVX512VNNI__)
 
 template <int P, int T, Kind KIND>
-static inline void sum_run(ints (*sums)[T], const uint8_t *w, int64_t apart, const int8_t *x, int64_t columns, const uint8_t *whole) {
+static inline void sum_stretch(ints (*sums)[T], const uint8_t *w, int64_t apart, const int8_t *x, int64_t columns, const uint8_t *whole) {
     const __m512i low = _mm512_set1_epi8(15);
     const __m512i table = KIND == TABLE4 ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)whole)) : low;
     __m512i acc[P][T];
@@ -209,7 +216,7 @@ static inline __m256i add_four(__m256i sums, __m256i integers, int32_t four_colu
 }
 
 template <int P, int T, Kind KIND>
-static inline void sum_run(ints (*sums)[T], const uint8_t *w, int64_t, const int8_t *x, int64_t columns, const uint8_t *whole) {
+static inline void sum_stretch(ints (*sums)[T], const uint8_t *w, int64_t, const int8_t *x, int64_t columns, const uint8_t *whole) {
     static_assert(P == 1, "16 registers hold no more");
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const __m256i table = KIND == TABLE4 ? _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)whole)) : low;
@@ -247,7 +254,7 @@ static inline void sum_run(ints (*sums)[T], const uint8_t *w, int64_t, const int
 #else
 
 template <int P, int T, Kind KIND>
-static inline void sum_run(ints (*sums)[T], const uint8_t *w, int64_t, const int8_t *x, int64_t columns, const uint8_t *whole) {
+static inline void sum_stretch(ints (*sums)[T], const uint8_t *w, int64_t, const int8_t *x, int64_t columns, const uint8_t *whole) {
     static_assert(P == 1, "one tile");
     for (int64_t b = 0; b < columns; b += BLOCK, w += bits_of(KIND) * 64, x += BLOCK * T)
         for (int t = 0; t < T; t++)
@@ -261,30 +268,36 @@ static inline void sum_run(ints (*sums)[T], const uint8_t *w, int64_t, const int
 #endif
 
 template <int P, int T, Kind KIND> static void tiles_int8(const Call &c, const Rounded &r, int64_t m, int64_t tile) {
-    const int64_t groups = c.k / c.group, runs = c.k / c.run, bytes_of_run = c.run * ROWS * bits_of(KIND) / 8, bytes_of_tile = runs * bytes_of_run;
+    const int64_t groups = c.k / c.group, runs = c.k / c.run, bytes_of_stretch = c.stretch * ROWS * bits_of(KIND) / 8;
+    const int64_t bytes_of_tile = c.k * ROWS * bits_of(KIND) / 8;
     const uint8_t *w = c.codes + tile * bytes_of_tile;
     const int8_t *x = r.codes + m * c.k;
     const float *x_scale = r.scale + m * runs;
-    const int32_t *x_sum = r.sum + m * runs;
-    floats total[P][T];
-    for (int p = 0; p < P; p++)
-        for (int t = 0; t < T; t++) total[p][t] = floats{};
-    for (int64_t g = 0; g < groups; g++) {
-        floats scale[P];
-        ints zero[P];
-        for (int p = 0; p < P; p++) {
-            scale[p] = load_scales(c, (tile + p) * groups + g);
-            if (KIND == TABLE4) scale[p] *= c.unit;
-            if (c.zeros) zero[p] = load_zeros(c, (tile + p) * groups + g) - (KIND == INT4 ? 0 : SIGNED_8);
-        }
-        for (int64_t i = 0; i < c.group / c.run; i++, w += bytes_of_run, x += c.run * T, x_scale += T, x_sum += T) {
+    const int32_t *less = r.less + m * (c.k / c.stretch);
+    floats total[P][T] = {}, scale[P] = {};
+    ints zero[P] = {};
+    int64_t group = 0, rest = 0;  // the next group, and columns that are left of the last one
+    for (int64_t i = 0; i < runs; i++, x_scale += T) {
+        floats part[P][T] = {};
+        for (int64_t column = 0; column < c.run; column += c.stretch, rest -= c.stretch, w += bytes_of_stretch, x += c.stretch * T, less += T) {
+            if (rest == 0) {
+                for (int p = 0; p < P; p++) {
+                    scale[p] = load_scales(c, (tile + p) * groups + group);
+                    if (KIND == TABLE4) scale[p] *= c.unit;
+                    if (c.zeros) zero[p] = load_zeros(c, (tile + p) * groups + group) - (KIND == INT4 ? 0 : SIGNED_8);
+                }
+                group++;
+                rest = c.group;
+            }
             ints sums[P][T];
             for (int p = 0; p < P; p++)
-                for (int t = 0; t < T; t++) sums[p][t] = c.zeros ? zero[p] * -x_sum[t] : ints{} - x_sum[t];
-            sum_run<P, T, KIND>(sums, w, bytes_of_tile, x, c.run, c.whole);
+                for (int t = 0; t < T; t++) sums[p][t] = c.zeros ? zero[p] * less[t] : ints{} + less[t];
+            sum_stretch<P, T, KIND>(sums, w, bytes_of_tile, x, c.stretch, c.whole);
             for (int p = 0; p < P; p++)
-                for (int t = 0; t < T; t++) total[p][t] += __builtin_convertvector(sums[p][t], floats) * (scale[p] * x_scale[t]);
+                for (int t = 0; t < T; t++) part[p][t] += __builtin_convertvector(sums[p][t], floats) * scale[p];
         }
+        for (int p = 0; p < P; p++)
+            for (int t = 0; t < T; t++) total[p][t] += part[p][t] * x_scale[t];
     }
     for (int p = 0; p < P; p++)
         for (int t = 0; t < T; t++) store(c, m + t, tile + p, total[p][t]);
@@ -350,7 +363,7 @@ template <Kind KIND, typename Take> static inline void each_column(const uint8_t
     }
 }
 
-// Sums of 4 times at most 32 products each, then of runs: the fewer a sum has, the less is lost to rounding.
+// Sums of 4 times at most 32 products each, then of stretches: the fewer a sum has, the less is lost to rounding.
 template <int T> struct Sums {
     floats part[T][4] = {};
 
@@ -362,14 +375,14 @@ template <int T> struct Sums {
 
 // Few rows: each weight is used as it is decoded.
 template <int T, Kind KIND> static void tile_exact(const Call &c, int64_t m, int64_t tile) {
-    const int64_t groups = c.k / c.group, blocks = c.run / BLOCK, step = c.group < BLOCK ? 2 : 1, runs_of_scale = c.group < c.run ? 1 : c.group / c.run;
+    const int64_t groups = c.k / c.group, blocks = c.stretch / BLOCK, step = c.group < BLOCK ? 2 : 1, sums_of_scale = c.group < c.stretch ? 1 : c.group / c.stretch;
     const uint8_t *w = c.codes + tile * (c.k * ROWS * bits_of(KIND) / 8);
     const float *x = c.x + m * c.k;
     const floats table = KIND == TABLE4 ? load(c.levels) : floats{};
     floats total[T] = {};
     for (int64_t g = 0; g < groups; g += step) {
         const Halves halves = load_halves<KIND>(c, tile * groups + g);
-        for (int64_t i = 0; i < runs_of_scale; i++) {
+        for (int64_t i = 0; i < sums_of_scale; i++) {
             Sums<T> sums;
             for (int64_t b = 0; b < blocks; b++, x += BLOCK, w += 64 * bits_of(KIND))
                 each_column<KIND>(w, halves, table, [&](int q, int column, floats weight) { sums.add(q, weight, x + column, c.k); });
@@ -379,7 +392,7 @@ template <int T, Kind KIND> static void tile_exact(const Call &c, int64_t m, int
     for (int t = 0; t < T; t++) store(c, m + t, tile, total[t]);
 }
 
-// Many rows: the weights of a run are decoded once for up to MOST_DECODED of them. Of a band's activations those of a column lie together, and columns
+// Many rows: the weights of a stretch are decoded once for up to MOST_DECODED of them. Of a band's activations those of a column lie together, and columns
 // in the order in which weights are decoded.
 
 #if defined(__AVX512F__)
@@ -404,7 +417,7 @@ static void gather_band(const Call &c, Band rows, float *to) {
                     for (int64_t t = 0; t < rows.count; t++) *to++ = x[t * c.k + 4 * j + 16 * nibble + q];
 }
 
-template <int T> static void add_run(const floats *weights, const float *x, int64_t columns, floats *total) {
+template <int T> static void add_stretch(const floats *weights, const float *x, int64_t columns, floats *total) {
     for (int first = 0; first < ROWS; first += sizeof(lanes) / sizeof(float)) {
         const float *w = (const float *)weights + first, *from = x;
         lanes part[T][4] = {};
@@ -425,26 +438,26 @@ template <int T> static void add_run(const floats *weights, const float *x, int6
 
 template <int T> static void add_band(const floats *weights, const float *x, int64_t columns, floats *total, int64_t rows) {
     if (T < MOST_WIDE && rows > T) return add_band<(T < MOST_WIDE ? T + 1 : T)>(weights, x, columns, total, rows);
-    add_run<T>(weights, x, columns, total);
+    add_stretch<T>(weights, x, columns, total);
 }
 
 // Bands first .. last - 1 of `bands`; x as `gather_band` lays it out.
 template <Kind KIND> static void tile_decoded(const Call &c, const float *x, int64_t bands, int64_t first, int64_t last, int64_t tile) {
-    const int64_t groups = c.k / c.group, blocks = c.run / BLOCK, step = c.group < BLOCK ? 2 : 1, runs_of_scale = c.group < c.run ? 1 : c.group / c.run;
+    const int64_t groups = c.k / c.group, blocks = c.stretch / BLOCK, step = c.group < BLOCK ? 2 : 1, sums_of_scale = c.group < c.stretch ? 1 : c.group / c.stretch;
     const int64_t first_row = band(c.m, bands, first).first, last_row = band(c.m, bands, last).first;
     const uint8_t *w = c.codes + tile * (c.k * ROWS * bits_of(KIND) / 8);
     const floats table = KIND == TABLE4 ? load(c.levels) : floats{};
-    floats total[MOST_DECODED] = {}, weights[MOST_RUN];
+    floats total[MOST_DECODED] = {}, weights[MOST_STRETCH];
     int64_t column = 0;
     for (int64_t g = 0; g < groups; g += step) {
         const Halves halves = load_halves<KIND>(c, tile * groups + g);
-        for (int64_t i = 0; i < runs_of_scale; i++, column += c.run) {
+        for (int64_t i = 0; i < sums_of_scale; i++, column += c.stretch) {
             floats *to = weights;
             for (int64_t b = 0; b < blocks; b++, w += 64 * bits_of(KIND))
                 each_column<KIND>(w, halves, table, [&](int, int, floats weight) { *to++ = weight; });
             for (int64_t b = first; b < last; b++) {
                 const Band some = band(c.m, bands, b);
-                add_band<1>(weights, x + some.first * c.k + column * some.count, c.run, total + some.first - first_row, some.count);
+                add_band<1>(weights, x + some.first * c.k + column * some.count, c.stretch, total + some.first - first_row, some.count);
             }
         }
     }
@@ -492,13 +505,13 @@ extern "C" int low_bit_linear(const Call *call) {
     const Call &c = *call;
     const bool is_decoded = c.exact && c.m > MOST_EXACT;
     const int64_t most = is_decoded ? MOST_WIDE : c.exact ? MOST_EXACT : MOST, bands = (c.m + most - 1) / most;
-    const int64_t runs = c.k / c.run, tiles = (c.n + ROWS - 1) / ROWS, parts = (tiles + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
+    const int64_t runs = c.k / c.run, stretches = c.k / c.stretch, tiles = (c.n + ROWS - 1) / ROWS, parts = (tiles + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
     Rounded r = {};
     float *x = NULL;
     if (!c.exact || is_decoded) {
-        x = (float *)malloc(c.m * (is_decoded ? c.k * 4 : runs * 8 + c.k));
+        x = (float *)malloc(c.m * (is_decoded ? c.k * 4 : (runs + stretches) * 4 + c.k));
         if (!x) return 1;
-        r = {(int8_t *)(x + c.m * runs * 2), x, (int32_t *)(x + c.m * runs)};
+        r = {(int8_t *)(x + c.m * (runs + stretches)), x, (int32_t *)(x + c.m * runs)};
 #pragma omp parallel for schedule(static) if (bands > 1)
         for (int64_t b = 0; b < bands; b++)
             if (is_decoded)

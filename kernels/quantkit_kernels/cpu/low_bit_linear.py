@@ -13,7 +13,7 @@ from quantkit_kernels.cpu.build import library
 
 ROWS, BLOCK, HALF_BLOCK = 16, 32, 16
 RUNS = (128, 64, 32)
-"""Columns that one scale of 8-bit activations serves: the most that divide a group."""
+"""Columns that one scale of 8-bit activations serves: the most that divide K and are whole groups, or divide a group."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KINDS = ("int4", "int8", "table4", "e4m3")
 _TILES_AT_ONCE = 64
@@ -22,7 +22,7 @@ _TILES_AT_ONCE = 64
 class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "y", "codes", "scales", "zeros", "levels", "whole")),
-        *((name, ctypes.c_int64) for name in ("m", "n", "k", "group", "run")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "group", "stretch", "run")),
         ("unit", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("kind", "middle", "type", "exact")),
     ]  # fmt: skip
@@ -131,8 +131,9 @@ def linear(x: Tensor, weight: Packed, *, exact: bool) -> Tensor:
         return y
     tensors = (x, y, weight.codes, weight.scales, weight.zeros, weight.levels, weight.whole)
     pointers = (None if t is None else t.data_ptr() for t in tensors)
-    run = next((run for run in RUNS if weight.group % run == 0), BLOCK)
-    sizes = (len(x), weight.rows, weight.columns, weight.group, run)
+    stretch = next((run for run in RUNS if weight.group % run == 0), BLOCK)
+    run = next(run for run in RUNS if run % stretch == 0 and weight.columns % run == 0)
+    sizes = (len(x), weight.rows, weight.columns, weight.group, stretch, run)
     call = _Call(*pointers, *sizes, weight.unit, _KINDS.index(weight.kind), weight.middle, TYPES[weight.scales.dtype], exact)
     if native.low_bit_linear(ctypes.byref(call)):
         raise MemoryError("no memory for activations of 8 bits")
