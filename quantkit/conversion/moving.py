@@ -18,13 +18,14 @@ from quantkit.conversion.plan import Plan, lay_out
 from quantkit.core.scheme import Scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import Format
-from quantkit.formats.kv_scales import HOLDS_KV_SCALES, is_kv_scale, kv_scheme
+from quantkit.formats.kv_scales import HOLDS_KV_SCALES, kv_scheme
 from quantkit.formats.moves import ambiguity, has_order, kept_types, obstacle, scheme_in
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import CONTAINERS, PLAIN, get_format
 from quantkit.formats.stored_layers import stored_shape, wrong_parts
 from quantkit.methods.registry import get_rounding
 from quantkit.models.architecture import Architecture, Linear
+from quantkit.models.names import is_kv_scale
 
 _NOT_QUANTIZED = "not quantized in the source"
 _HELD_OUTSIDE = {"gptq": ("lm_head",), "gptq-v2": ("lm_head",)}

@@ -8,6 +8,7 @@ from math import ceil, inf
 from pathlib import Path
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint.output import check
 from quantkit.checkpoint.source import Source, resolve
@@ -26,6 +27,7 @@ from quantkit.conversion.tuning import tuning_of
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import PLAIN
+from quantkit.formats.stored_layers import stored_shape
 from quantkit.formats.streamed import FileOrder
 from quantkit.models.architecture import Architecture, describe, load_config
 from quantkit.models.device import find_device
@@ -140,7 +142,7 @@ def _plan(
 
 def _targeted(prepared: Prepared) -> Prepared:
     """The same, unless an engine that it is meant for would not load it."""
-    require_loadable(prepared.plan, prepared.options, prepared.model_dtype)
+    require_loadable(prepared.plan, prepared.source, prepared.options, prepared.model_dtype)
     return prepared
 
 
@@ -188,7 +190,7 @@ def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:
         over = ceil((plan.file_bpw - problem.budget.amount) * plan.parameters) if problem.budget.kind == "file" else 0
         if over <= 0:
             plan.notes += problem.dropped
-            require_loadable(plan, prepared.options, prepared.model_dtype)
+            require_loadable(plan, prepared.source, prepared.options, prepared.model_dtype)
             return replace(prepared, plan=plan, allocation=Allocation(problem, measurement, solution))
         spare += over  # headers of another length
 
@@ -244,8 +246,12 @@ def _require_tensors(architecture: Architecture, opened: OpenedCheckpoint, origi
         name = architecture.stored.find(path)
         if name is None:
             absent += [] if architecture.stored.sources(architecture.stored.owner(path)) else [path]
-        elif name in dense and (stored := opened.reader.info(name).shape) != tuple(parameter.shape):
-            wanted = list(parameter.shape)
-            raise SourceError(f"{origin.name}: {name} is {list(stored)} where config.json asks for {wanted}; the two belong to different models")
+            continue
+        module, wanted = name.removesuffix(".weight"), tuple(parameter.shape)
+        stored = tuple(opened.reader.info(name).shape) if name in dense else stored_shape(opened, module) if module in opened.schemes else wanted
+        owner = architecture.model.get_submodule(path.rpartition(".")[0])
+        if stored != wanted and not (name not in dense and isinstance(owner, Conv1D) and stored == wanted[::-1]):
+            what = f"{name} is {list(stored)} where config.json asks for {list(wanted)}"
+            raise SourceError(f"{origin.name}: {what}; the two belong to different models")
     if absent:
         raise SourceError(f"{origin.name} lacks {len(absent)} tensors its config promises: {some(absent, 3)}; fetch the model again")

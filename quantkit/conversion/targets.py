@@ -15,6 +15,8 @@ from quantkit.errors import FormatError
 from quantkit.formats.base import Format
 from quantkit.formats.engine_rules import Stored, StoredLayer
 from quantkit.formats.engines import Engine, Verdict, find_engine, verdict
+from quantkit.formats.moves import obstacle
+from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import CONTAINERS, get_format
 
 _SCHEMES = ("w4a16", "w4a16-asym", "w8a16-channel", "w8a16", "fp8-dynamic", "fp8-block", "w8a8-int8", "nf4", "int8")
@@ -34,8 +36,11 @@ def stored_as(plan: Plan, schemes: dict[str, Scheme], model_dtype: torch.dtype) 
     return _stored(fmt, schemes, plan, model_dtype, fmt.config(schemes, plan.ignored))
 
 
-def require_loadable(plan: Plan, options: ConvertOptions, model_dtype: torch.dtype) -> None:
+def require_loadable(plan: Plan, source: OpenedCheckpoint, options: ConvertOptions, model_dtype: torch.dtype) -> None:
     """Notes where it is not known whether an engine loads the output.
+
+    Args:
+        source: what is converted, which may be quantized itself.
 
     Raises:
         FormatError: an engine of `target_engines` would not.
@@ -44,7 +49,7 @@ def require_loadable(plan: Plan, options: ConvertOptions, model_dtype: torch.dty
         engine = find_engine(name)
         found = verdict(engine, stored_by(plan, model_dtype))
         if found.loads is False:
-            raise FormatError(_refusal(engine, found, plan, model_dtype))
+            raise FormatError(_refusal(engine, found, plan, source, options, model_dtype))
         plan.notes += notes_on(found)
 
 
@@ -55,27 +60,35 @@ def notes_on(found: Verdict) -> list[str]:
     return [f"for {found.engine} {found.version}: {found.reason}"] if found.reason else []
 
 
-def _refusal(engine: Engine, found: Verdict, plan: Plan, model_dtype: torch.dtype) -> str:
+def _refusal(
+    engine: Engine, found: Verdict, plan: Plan, source: OpenedCheckpoint, options: ConvertOptions, model_dtype: torch.dtype
+) -> str:
     schemes = sorted({layer.scheme.name for layer in plan.layers.values()})
     what = f"{plan.format.name} with {len(plan.layers)} layers of {', '.join(schemes)}"
-    instead = next(_instead(engine, plan, model_dtype), None)
+    instead = next(_instead(engine, plan, source, model_dtype), None)
+    if instead and "--override" in instead and options.overrides:
+        instead += f" in place of {' and '.join(map(repr, options.overrides))}"
     way = f"nearest that it loads: {instead}" if instead else "it loads nothing near; bf16 writes ordinary weights"
     return f"{engine.name} {engine.version} would not load {what}: {found.reason}; {way}"
 
 
-def _instead(engine: Engine, plan: Plan, model_dtype: torch.dtype) -> Iterator[str]:
-    """The same layers in another container, another scheme in the same one, then another in another."""
+def _instead(engine: Engine, plan: Plan, source: OpenedCheckpoint, model_dtype: torch.dtype) -> Iterator[str]:
+    """The same layers in another container, another scheme in the same one, then another in another; of a source whose codes are to be kept, those
+    that take them first."""
+    again = " --requantize" if plan.keeps_codes else ""
     as_planned = {name: layer.scheme for name, layer in plan.layers.items()}
     for container in CONTAINERS:
         if container != plan.format.name.removesuffix("-v2") and _loads(engine, container, as_planned, plan, model_dtype):
-            yield f"the same layers with --format {container}"
+            fmt, moves = get_format(container, as_planned.values(), model_dtype), plan.keeps_codes
+            lossy = moves and any(obstacle(source, name, fmt, layer.linear.shape) for name, layer in plan.layers.items())
+            yield f"the same layers with --format {container}{again if lossy else ''}"
     own = plan.format.name.removesuffix("-v2")
     for container in (own, *(each for each in CONTAINERS if each != own)):
         for name in _SCHEMES:
             fitted = {layer: fit_group(parse_scheme(name), planned.linear.shape) for layer, planned in plan.layers.items()}
             schemes = {layer: scheme for layer, scheme in fitted.items() if scheme is not None}
             if len(schemes) == len(plan.layers) and _loads(engine, container, schemes, plan, model_dtype):
-                yield f"{name}, as by --format {container} --override '.={name}'"
+                yield f"{name}, as by --format {container} --override '.={name}'{again}"
 
 
 def _loads(engine: Engine, container: str, schemes: dict[str, Scheme], plan: Plan, model_dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ from quantkit.core.scheme import CHANNEL, Scheme
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import Infos, Read, assembled, require_parts, why_uneven
+from quantkit.formats.config_keys import require_known, require_value
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACE_OF = tuple(ORDER.index(column) for column in range(8))
@@ -78,6 +79,12 @@ class AWQ:
         }  # fmt: skip
 
     def read_config(self, config: Mapping[str, Any], names: Iterable[str], read: Read) -> dict[str, Scheme]:
+        require_known(config, "awq")
+        for key, read in (("zero_point", (True,)), ("pack_dtype", ("int32", "torch.int32")), ("format", ("gemm",)), ("checkpoint_format", ("gemm",))):
+            require_value(config, key, read, "awq")
+        for key, alias in (("bits", "w_bit"), ("group_size", "q_group_size")):
+            if key in config and config.get(alias) not in (None, config[key]):
+                raise FormatError(f"AWQ {key} is {config[key]} and {alias} is {config[alias]}; one of them is wrong")
         version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit"))
         if version != "gemm" or bits != 4:
             raise FormatError(f"AWQ of version {version!r} with {bits} bits is not read; quantkit reads gemm with 4 bits")

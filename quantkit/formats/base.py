@@ -107,7 +107,7 @@ def assembled(
     """What `decode` found, put together.
 
     Raises:
-        FormatError: there is not one scale, and zero point, for everything that shares one.
+        FormatError: there is not one scale, and zero point, for everything that shares one, or a column is of no group.
     """
     rows, columns = codes.shape
     wanted = list(spec.scale_shape(rows, columns))
@@ -115,6 +115,11 @@ def assembled(
         if found is not None and list(found.shape) != wanted:
             size = spec.group if isinstance(spec.group, tuple) else spec.group_size(columns)
             raise FormatError(f"the {name} are {list(found.shape)}; {rows} x {columns} codes in the config's groups of {size} have {wanted}")
+    if group_of_column is not None:
+        few, last = list(group_of_column.shape), wanted[1] - 1
+        if few != [columns] or not 0 <= int(group_of_column.min()) <= int(group_of_column.max()) <= last:
+            ends = "" if not group_of_column.numel() else f", from {int(group_of_column.min())} to {int(group_of_column.max())}"
+            raise FormatError(f"g_idx is {few}{ends}; it names the group of each of {columns} columns, from 0 to {last}")
     return QuantizedTensor(spec, codes, scale, zero, group_of_column, divisor)
 
 

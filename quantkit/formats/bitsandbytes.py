@@ -20,6 +20,7 @@ from quantkit.core.scheme import FLAT_BLOCKS, Scheme
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import Infos, Read, require_parts
+from quantkit.formats.config_keys import require_known, require_value
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _OFFSET_ROOM = 24
@@ -132,6 +133,7 @@ class BitsAndBytes:
         }  # fmt: skip
 
     def read_config(self, config: Mapping[str, Any], names: Iterable[str], read: Read) -> dict[str, Scheme]:
+        require_known(config, "bitsandbytes")
         if config.get("load_in_8bit"):
             threshold = config.get("llm_int8_threshold", 6.0)
             if threshold != 6.0:
@@ -149,6 +151,7 @@ class BitsAndBytes:
 
 
 def _scheme(kind: str, state: Mapping[str, Any]) -> Scheme:
+    require_value(state, "quant_type", (kind,), f"a quant_state of {kind}")
     block, nested_block = state["blocksize"], state.get("nested_blocksize")
     if block not in FLAT_BLOCKS or nested_block not in (None, NESTED_BLOCK):
         blocks = ", ".join(map(str, FLAT_BLOCKS))
@@ -170,7 +173,8 @@ def _state(stored: Tensor) -> dict[str, Any]:
     """
     try:
         state = json.loads(bytes(stored.tolist()).decode("utf-8"))
-        _ = state["shape"], state["blocksize"]
+        _ = state["shape"], state["blocksize"], state["nested_offset"] if "nested_blocksize" in state else None
+        require_known(state, "bitsandbytes quant_state")
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise FormatError(f"its quant_state is damaged ({type(error).__name__}: {error})") from error
     return state

@@ -58,7 +58,10 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, layout: Layout) -> Quant
     scale = part(parts, "weight_scale")
     if layout == "int-quantized":
         codes = (part(parts, "weight").to(torch.int16) + spec.mid_code).to(torch.uint8)
-        zero = None if spec.symmetric else _as_rows(part(parts, "weight_zero_point"), codes.shape[0]).to(torch.int16) + spec.mid_code
+        zero = None
+        if "weight_zero_point" in parts or not spec.symmetric:
+            zero = _as_rows(part(parts, "weight_zero_point"), codes.shape[0]).to(torch.int16) + spec.mid_code
+            zero = _unless_symmetric(zero, spec)
         return assembled(spec, codes, _as_rows(scale, codes.shape[0]), zero)
     if layout in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         packed = part(parts, "weight_packed")
@@ -95,8 +98,9 @@ def _decode_packed(parts: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedTen
         raise FormatError(f"weight_packed has {words.shape[1]} words a row; {columns} codes of {spec.bits} bits need {needed}")
     read = unpack if dense else unpack_whole
     zero = None
-    if not spec.symmetric:
+    if "weight_zero_point" in parts or not spec.symmetric:
         zero = read(part(parts, "weight_zero_point").T.contiguous(), spec.bits, rows).T.contiguous().to(torch.int16)
+        zero = _unless_symmetric(zero, spec)
     return assembled(spec, read(words, spec.bits, columns), _as_rows(scale, rows), zero, parts.get("weight_g_idx"))
 
 
@@ -104,6 +108,14 @@ def part(parts: Mapping[str, Tensor], name: str) -> Tensor:
     """One tensor of the layer; raises FormatError where it is absent."""
     require_parts(parts, [name])
     return parts[name]
+
+
+def _unless_symmetric(zero: Tensor, spec: QuantSpec) -> Tensor | None:
+    """None for a symmetric grid; raises FormatError where zero points are stored with one, and are not its own."""
+    if spec.symmetric and bool((zero != spec.mid_code).any()):
+        other = int(zero[zero != spec.mid_code][0])
+        raise FormatError(f"weights are said to be symmetric, and a weight_zero_point is {other}, not {spec.mid_code}; one of the two is wrong")
+    return None if spec.symmetric else zero
 
 
 def _as_rows(scale: Tensor, rows: int) -> Tensor:

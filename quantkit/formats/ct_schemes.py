@@ -8,18 +8,12 @@ from typing import Any
 from quantkit.core.scheme import CHANNEL, ActivationSpec, QuantSpec, Scheme
 from quantkit.core.scheme_names import named
 from quantkit.errors import FormatError, RecipeError
+from quantkit.formats.config_keys import require_known
 from quantkit.formats.ct_layouts import Layout
 from quantkit.formats.name_patterns import NamePatterns
 
 _IN_THE_WEIGHTS = {"weight_input", "weight_output"}
 """Places of a transform_config that leave nothing to do at run time."""
-
-_WEIGHT_KEYS = {
-    "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder", "observer", "observer_kwargs", "scale_dtype",
-    "zp_dtype",
-}  # fmt: skip
-_GROUP_KEYS = {"targets", "format", "weights", "input_activations", "output_activations"}
-
 
 _ALSO_CALLED = {"int-quantized": ("naive-quantized", "pack-quantized"), "float-quantized": ("naive-quantized",)}
 """Layouts that hold the same schemes: an older name, and packed words for integers with integer activations."""
@@ -70,15 +64,14 @@ class ConfigGroups:
     """The config group of a module: by its exact name, else by a regex, else by class."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        self._only = groups[0] if len(groups) == 1 else None
         self._by_target = {target: group for group in reversed(groups) for target in group.get("targets", ())}
         targets = [target for group in groups for target in group.get("targets", ())]
         self._patterns = NamePatterns({target: target[3:] for target in targets if target.startswith("re:")})
+        classes = [target for target in targets if not target.startswith("re:") and "." not in target]
+        self._of_class = "Linear" if "Linear" in classes or not classes else classes[0]
 
     def __getitem__(self, module: str) -> dict[str, Any]:
-        if self._only is not None:
-            return self._only
-        target = module if module in self._by_target else self._patterns.first(module) or "Linear"
+        target = module if module in self._by_target else self._patterns.first(module) or self._of_class
         if target not in self._by_target:
             raise FormatError(f"quantization_config has no group for the quantized layer {module}")
         return self._by_target[target]
@@ -90,11 +83,11 @@ def scheme_of(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
     Raises:
         FormatError: it says something that is not read.
     """
-    _require_known(group, _GROUP_KEYS, "config group")
+    require_known(group, "compressed-tensors config group")
     if group.get("output_activations") is not None:
         raise FormatError("compressed-tensors with output_activations is not read yet; quantkit reads layers whose outputs are not quantized")
     weights, activations = group["weights"], group.get("input_activations")
-    _require_known(weights, _WEIGHT_KEYS, "weights")
+    require_known(weights, "compressed-tensors weights")
     if weights.get("dynamic"):
         raise FormatError(f"compressed-tensors with dynamic {weights['dynamic']!r} weights is not read; quantkit reads stored scales")
     try:
@@ -102,7 +95,8 @@ def scheme_of(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
     except RecipeError as error:
         raise FormatError(f"compressed-tensors {_in_words(weights, activations)} is not read yet: {error}") from error
     layout, wanted = group.get("format") or config.get("format"), layout_of(scheme)
-    if layout not in {wanted, "mixed-precision", *_ALSO_CALLED.get(wanted, ())}:
+    if {layout, config.get("format") or layout} - {wanted, "mixed-precision", *_ALSO_CALLED.get(wanted, ())}:
+        layout = layout if layout != wanted else config["format"]
         raise FormatError(f"compressed-tensors layout {layout!r} with {_in_words(weights, activations)} is not read yet; quantkit reads {wanted}")
     return scheme
 
@@ -128,7 +122,7 @@ def _weight_spec(weights: Mapping[str, Any]) -> QuantSpec:
 
 
 def _activation_spec(activations: Mapping[str, Any]) -> ActivationSpec:
-    _require_known(activations, _WEIGHT_KEYS, "input_activations")
+    require_known(activations, "compressed-tensors weights")
     kind, dynamic, strategy = activations.get("type", "int"), activations.get("dynamic", False), activations.get("strategy")
     if activations.get("num_bits") != 8 or kind not in ("int", "float") or not activations.get("symmetric", True) or dynamic not in (True, False):
         raise FormatError(
@@ -143,6 +137,8 @@ def _activation_spec(activations: Mapping[str, Any]) -> ActivationSpec:
 
 def require_no_more(config: Mapping[str, Any]) -> None:
     """Raises FormatError for what changes layers beside their schemes. Transforms of weights are in the stored weights already."""
+    require_known(config, "compressed-tensors")
+    require_known(config.get("transform_config") or {}, "compressed-tensors transform_config")
     groups = (config.get("transform_config") or {}).get("config_groups") or {}
     online = {str(part.get("location")) for group in groups.values() for part in group.get("apply", ())} - _IN_THE_WEIGHTS
     if online:
@@ -150,12 +146,6 @@ def require_no_more(config: Mapping[str, Any]) -> None:
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise FormatError(f"compressed-tensors with the sparsity_config {sparsity!r} is not read yet; quantkit reads dense")
-
-
-def _require_known(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise FormatError(f"compressed-tensors {where} has the key {unknown[0]!r}, which quantkit does not know; it may change what the weights mean")
 
 
 def _in_words(weights: Mapping[str, Any], activations: Mapping[str, Any] | None) -> str:

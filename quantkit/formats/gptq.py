@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__
+from quantkit.checkpoint.safetensors_header import TensorInfo
 from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import UNQUANTIZED, QuantSpec, Scheme
+from quantkit.core.scheme import CHANNEL, UNQUANTIZED, QuantSpec, Scheme
 from quantkit.core.scheme_names import parse_scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import Infos, Read, assembled, require_parts, why_uneven
+from quantkit.formats.config_keys import require_known, require_value
 from quantkit.formats.fusion import fused_groups
 from quantkit.formats.name_patterns import NamePatterns
 
@@ -67,7 +69,7 @@ class GPTQ:
         if "qweight" not in infos or scheme.weight is None:
             raise FormatError(f"it has {', '.join(sorted(infos)) or 'nothing'}")
         words, rows = infos["qweight"].shape
-        return rows, infos["g_idx"].shape[0] if "g_idx" in infos else words * 32 // scheme.weight.bits
+        return rows, _columns(words, scheme.weight.bits, infos.get("g_idx"))
 
     def encode(self, q: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
         columns = q.shape[1]
@@ -89,7 +91,7 @@ class GPTQ:
         require_parts(parts, ("qweight", "qzeros", "scales"))
         scale = parts["scales"].T.contiguous()
         rows = scale.shape[0]
-        columns = len(parts["g_idx"]) if "g_idx" in parts else parts["qweight"].shape[0] * 32 // spec.bits
+        columns = _columns(parts["qweight"].shape[0], spec.bits, parts.get("g_idx"))
         shape, needed = list(parts["qweight"].shape), [packed_words(columns, spec.bits), rows]
         if shape != needed:
             raise FormatError(f"qweight is {shape}; {rows} x {columns} codes of {spec.bits} bits need {needed}")
@@ -123,10 +125,22 @@ class GPTQ:
         return config | ({"dynamic": dynamic} if dynamic else {})
 
     def read_config(self, config: Mapping[str, Any], names: Iterable[str], read: Read) -> dict[str, Scheme]:
-        modules = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+        require_known(config, "gptq")
+        require_value(config, "pack_dtype", ("int32", "torch.int32"), "gptq")
+        require_value(config, "is_marlin_format", (False,), "gptq")
+        modules, ordered = ([name.removesuffix(part) for name in names if name.endswith(part)] for part in (".qweight", ".g_idx"))
         dynamic = config.get("dynamic") or {}
+        for entry, override in dynamic.items():
+            if not entry.startswith("-:"):
+                require_known(override, "gptq dynamic")
+                require_value(override, "pack_dtype", ("int32", "torch.int32"), f"gptq dynamic {entry!r}")
         patterns = NamePatterns({entry: entry.removeprefix("+:") for entry in dynamic if not entry.startswith("-:")})
-        return {module: _scheme_of(config, dynamic.get(patterns.first(module), {})) for module in modules}
+        schemes = {module: _scheme_of(config, dynamic.get(patterns.first(module), {})) for module in modules}
+        in_groups = [name for name, scheme in schemes.items() if scheme.weight is not None and scheme.weight.group != CHANNEL]
+        unordered = sorted(set(in_groups).difference(ordered))
+        if config.get("desc_act") and unordered:
+            raise FormatError(f"desc_act is true, and {unordered[0]} has no g_idx that tells the order of its columns; fetch the checkpoint again")
+        return schemes
 
 
 def labelled(config: Mapping[str, Any]) -> GPTQ:
@@ -135,7 +149,9 @@ def labelled(config: Mapping[str, Any]) -> GPTQ:
     Raises:
         FormatError: its codes or zero points are laid out in a third way.
     """
-    label = config.get("checkpoint_format") or config.get("format") or "gptq"
+    label, other = config.get("checkpoint_format") or config.get("format") or "gptq", config.get("format")
+    if other not in (None, "", label):
+        raise FormatError(f"GPTQ checkpoint_format is {label!r} and format is {other!r}; which of them is right decides what zero points mean")
     if label not in ("gptq", "gptq_v2"):
         raise FormatError(f"GPTQ checkpoint_format {label!r} is not read yet; quantkit reads gptq and gptq_v2")
     return GPTQ(zero_offset=0 if label == "gptq_v2" else 1)
@@ -158,6 +174,12 @@ def _scheme_of(config: Mapping[str, Any], override: Mapping[str, Any]) -> Scheme
     values |= {k: v for k, v in override.items() if k in values}
     suffix = "-channel" if values["group_size"] == -1 else f"-g{values['group_size']}"
     return parse_scheme(f"w{values['bits']}a16{'' if values['sym'] else '-asym'}{suffix}")
+
+
+def _columns(words: int, bits: int, g_idx: Tensor | TensorInfo | None) -> int:
+    """Columns in that many words: as g_idx has them where they need as many, else all that fit."""
+    named = g_idx.shape[0] if g_idx is not None and len(g_idx.shape) == 1 else 0
+    return named if packed_words(named, bits) == words else words * 32 // bits
 
 
 def _shuffled(g_idx: Tensor | None, spec: QuantSpec, columns: int) -> Tensor | None:

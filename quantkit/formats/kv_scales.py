@@ -18,7 +18,7 @@ from quantkit.core.scheme import ActivationSpec
 from quantkit.errors import CheckpointError, RecipeError, did_you_mean
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.models.architecture import Architecture
-from quantkit.models.names import KV_SCALES, kv_scale_name
+from quantkit.models.names import KV_SCALES
 
 _STRATEGIES = {"tensor": "one scale a tensor", "attn_head": "one scale a head"}
 _FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
@@ -111,11 +111,6 @@ def rounded_states(scales: Mapping[int, tuple[Tensor, Tensor]], layer: int, keys
     """Keys and values [B, heads, T, D] as an FP8 cache at these scales, [1] or [heads], gives them back."""
     of_keys, of_values = (scale.to(keys.device, keys.dtype).view(-1, 1, 1) for scale in scales[layer])
     return fake_quantize(keys, _CACHED, of_keys), fake_quantize(values, _CACHED, of_values)
-
-
-def is_kv_scale(name: str) -> bool:
-    """Whether a stored tensor has such a name, in one of the spellings that are in use."""
-    return kv_scale_name(name).endswith(tuple(f".{leaf}" for leaf in KV_SCALES))
 
 
 def kv_scale_names(architecture: Architecture) -> dict[int, tuple[str | None, str | None]]:

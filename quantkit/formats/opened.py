@@ -12,9 +12,14 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.source import Source
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import Scheme
-from quantkit.errors import FormatError, QuantkitError
+from quantkit.errors import FormatError, QuantkitError, RecipeError
 from quantkit.formats.base import Format
 from quantkit.formats.registry import format_of
+from quantkit.models.names import is_kv_scale
+
+_TYPES_OF_CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_ZERO_POINTS = ("weight_zero_point", "input_zero_point")
+"""Which some tools write for symmetric layers too, as zeros."""
 
 
 class OpenedCheckpoint:
@@ -31,12 +36,30 @@ class OpenedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.reader = CheckpointReader(folder)
-        config = self.reader.quantization_config
-        self.format: Format | None = format_of(config) if config else None
-        self.schemes: dict[str, Scheme] = self.format.read_config(config, self.reader.names, self.reader.get) if self.format and config else {}
+        self.format: Format | None = None
+        self.schemes: dict[str, Scheme] = {}
+        if config := self.reader.quantization_config:
+            try:
+                self.format = format_of(config)
+                self.schemes = self.format.read_config(config, self.reader.names, self.reader.get)
+            except (RecipeError, KeyError, TypeError, AttributeError, ValueError) as error:  # another tool's configuration may lack, or be, anything
+                raise FormatError(f"its quantization_config is not understood ({type(error).__name__}: {error})") from error
         parts = {f"{module}.{part}" for module, scheme in self.schemes.items() for part in self.format.part_names(scheme)} if self.format else set()
         self.dense_names = [name for name in self.reader.names if name not in parts]
+        self._require_understood()
         self._known = {*self.dense_names, *(f"{module}.weight" for module in self.schemes)}
+
+    def _require_understood(self) -> None:
+        """Raises FormatError for a tensor beside a quantized layer that its scheme does not know, and for codes whose scales are absent."""
+        for name in self.dense_names:
+            module, _, part = name.rpartition(".")
+            owner = next((stem for stem in _stems(module) if stem in self.schemes), None)
+            is_known = part == "bias" or is_kv_scale(name) or (part in _ZERO_POINTS and not bool(self.reader.get(name).any()))
+            if owner is not None and not is_known:
+                raise FormatError(f"{name} belongs to no {self.schemes[owner].name} layer as quantkit reads it; it may change what the weights mean")
+            if part == "weight" and (kind := self.reader.info(name).dtype) in _TYPES_OF_CODES:
+                scales = "no scales beside it" if self.format else "no quantization_config says what its codes mean"
+                raise FormatError(f"{name} is stored as {str(kind).removeprefix('torch.')}, and {scales}; fetch the checkpoint again")
 
     @classmethod
     def of(cls, source: Source) -> OpenedCheckpoint:
@@ -96,3 +119,9 @@ class OpenedCheckpoint:
             if info.dtype.is_floating_point:
                 sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
         return max(sizes, key=lambda d: sizes[d]) if sizes else torch.float32
+
+
+def _stems(module: str) -> list[str]:
+    """The module itself, and what it may be a part of."""
+    parts = module.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]

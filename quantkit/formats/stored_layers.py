@@ -10,6 +10,7 @@ import torch
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.safetensors_header import TensorInfo
 from quantkit.core.packing import packed_words
+from quantkit.core.scheme import Scheme
 from quantkit.errors import CheckpointError, FormatError, QuantkitError
 from quantkit.formats.base import is_of_weights, plan_shapes
 from quantkit.formats.opened import OpenedCheckpoint
@@ -52,8 +53,9 @@ def wrong_parts(opened: OpenedCheckpoint) -> list[str]:
                 continue
             info = opened.reader.info(name)
             may_differ = dtype.is_floating_point and dtype.itemsize > 1  # plain scales come in any float type
+            older = _older_shape(part, scheme, stored_shape(opened, module))
             right_type = info.dtype.is_floating_point if may_differ else info.dtype == dtype
-            if not right_type or not (_same_shape(info, shape) or _is_text(part)):
+            if not right_type or not (_same_shape(info, shape) or tuple(info.shape) == older or _is_text(part)):
                 problems.append(f"{name} is {info.dtype} {list(info.shape)}; {scheme.name} wants {dtype} {list(shape)}".replace("torch.", ""))
     return problems
 
@@ -114,11 +116,19 @@ def _is_text(part: str) -> bool:
 
 
 def _same_shape(info: TensorInfo, wanted: tuple[int, ...]) -> bool:
-    """A scale a row may be [N] or [N, 1], one alone [] or [1]; packed words may be in an older, longer layout."""
+    """A scale a row may be [N] or [N, 1], one alone [] or [1]."""
     found = tuple(info.shape)
-    if found == wanted or (prod(found) == prod(wanted) == 1) or (len(wanted) == 2 and wanted[1] == 1 and found == wanted[:1]):
-        return True
-    return info.dtype == torch.int32 and len(found) == len(wanted) == 2 and all(f >= w for f, w in zip(found, wanted, strict=True))
+    return found == wanted or (prod(found) == prod(wanted) == 1) or (len(wanted) == 2 and wanted[1] == 1 and found == wanted[:1])
+
+
+def _older_shape(part: str, scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int] | None:
+    """Of words that compressed-tensors filled with whole codes until 2026, 32 // bits of them."""
+    spec = scheme.weight
+    if spec is None or part not in ("weight_packed", "weight_zero_point") or spec.kind != "int":
+        return None
+    rows, columns = shape
+    each = 32 // spec.bits
+    return (rows, -(-columns // each)) if part == "weight_packed" else (-(-rows // each), spec.num_groups(columns))
 
 
 class AnyPart:

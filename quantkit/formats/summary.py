@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint.reader import CheckpointReader
-from quantkit.errors import FormatError, RecipeError, SourceError
+from quantkit.errors import FormatError, SourceError
 from quantkit.formats.base import is_of_weights
 from quantkit.formats.engine_rules import Stored, StoredLayer
 from quantkit.formats.engines import CONTAINERS, Verdict, verdicts
 from quantkit.formats.gguf_files import gguf_files, read_gguf_head
-from quantkit.formats.kv_scales import in_words, is_kv_scale, kv_scheme
+from quantkit.formats.kv_scales import in_words, kv_scheme
 from quantkit.formats.moves import ambiguity
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.registry import READ_METHODS
@@ -37,6 +37,7 @@ from quantkit.formats.stored_layers import (
     wrong_parts,
 )  # fmt: skip
 from quantkit.models.architecture import Architecture, describe, load_config
+from quantkit.models.names import is_kv_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,6 @@ def summarize(path: Path) -> Summary:
         opened = OpenedCheckpoint(path)
     except FormatError as error:
         return _of_undecoded(CheckpointReader(path), str(error))
-    except (RecipeError, KeyError, TypeError, AttributeError, ValueError) as error:  # another tool's configuration may lack, or be, anything
-        return _of_undecoded(CheckpointReader(path), f"its quantization_config is not understood ({type(error).__name__}: {error})")
     return _of_opened(opened)
 
 

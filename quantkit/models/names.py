@@ -32,6 +32,11 @@ def kv_scale_name(name: str) -> str:
     return _OLD_KV_SCALE.sub(r".\1_scale", name)
 
 
+def is_kv_scale(name: str) -> bool:
+    """Whether a stored tensor has such a name, in one of the spellings that are in use."""
+    return kv_scale_name(name).endswith(tuple(f".{leaf}" for leaf in KV_SCALES))
+
+
 @dataclass(eq=False, slots=True)
 class Conversion:
     """How transformers makes parameters of stored tensors; `sources` are (pattern it matched, stored name)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,22 @@ def test_verdicts_on_a_plan_are_those_on_what_is_written(settings: dict[str, Any
 def _rule(verdict: Verdict) -> str:
     """Its words without the layer that is named, which is the first in another order."""
     return verdict.reason.partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "container", "instead", "works"),
+    [
+        ("gptq_b4_g64_desc", "gptq", "--format compressed-tensors --requantize", {"format": "compressed-tensors", "requantize": True}),
+        ("bnb_nf4_dq", "bitsandbytes", "--override '.=w4a16' --requantize", {"overrides": (".=w4a16",), "requantize": True}),
+    ],
+)  # fmt: skip
+def test_what_is_advised_for_codes_that_are_kept_can_be_followed(name: str, container: str, instead: str, works: dict, peers: Path) -> None:
+    with pytest.raises(FormatError, match=re.escape(instead)):
+        plan_conversion(str(peers / name), ConvertOptions(format=container, target_engines=("vllm",)))
+
+    assert plan_conversion(str(peers / name), ConvertOptions(**works, target_engines=("vllm",))).plan.layers
+
+
+def test_an_override_that_stands_in_the_way_is_named(tiny: Path) -> None:
+    with pytest.raises(FormatError, match=r"--override '.=\S+' in place of 'q_proj=w8a16'"):
+        plan_conversion(str(tiny), ConvertOptions(recipe="w4a16-rtn", group_size=32, overrides=("q_proj=w8a16",), target_engines=("vllm",)))

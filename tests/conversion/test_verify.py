@@ -139,6 +139,7 @@ def group_of(folder: Path, size: int) -> None:
     config_of(folder, config_groups=groups)
 
 
+AS_V2 = {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
 FILES: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "truncated": ("ct_w4a16_gptq", lambda f: truncate(f / "model.safetensors", 5_000_000), "files", "truncated"),
     "no tokenizer": ("ct_w4a16_gptq", lambda f: [p.unlink() for p in f.glob("token*")], "tokenizer", "the original has one"),
@@ -153,7 +154,8 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "another group size": ("gptq_b4_g128", lambda f: config_of(f, group_size=64), "decoding", "the scales are [256, 2]; 256 x 256 codes in"),
     "a group size more": ("ct_w4a16_gptq", lambda f: group_of(f, 64), "layer tensors", "weight_scale is"),
     "a group size less": ("ct_w4a16_gptq", lambda f: group_of(f, 256), "layer tensors", "weight_scale is"),
-    "zero points of v1 said to be v2": ("gptq_b4_g128", lambda f: config_of(f, checkpoint_format="gptq_v2"), "decoding", "stores the zero point 8"),
+    "zero points of v1 said to be v2": ("gptq_b4_g128", lambda f: config_of(f, **AS_V2), "decoding", "stores the zero point 8"),
+    "one key says v2": ("gptq_b4_g128", lambda f: config_of(f, checkpoint_format="gptq_v2"), "files", "'gptq_v2' and format is 'gptq'"),
     "half a config": ("gptq_b4_g128", lambda f: config_of(f, bits=None), "files", "not understood"),
 }  # fmt: skip
 
@@ -172,7 +174,7 @@ def test_an_altered_file_fails_the_check_that_names_it(kind: str, peers: Path, t
 @pytest.mark.parametrize("name", ["gptq_b3_g128", "gptq_b4_g128", "gptq_b8_g128"])
 def test_zero_points_off_by_one_are_further_away_than_any_rounding(name: str, peers: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(peers / name, tmp_path / "out")
-    config_of(folder, checkpoint_format="gptq_v2", sym=False)
+    config_of(folder, **AS_V2, sym=False)
 
     result = verify(folder, against=str(peers / "tiny"), options=QUICK)
 
@@ -288,4 +290,4 @@ def test_an_unknown_part_of_a_quantized_layer_fails_without_an_original_too(peer
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {f"{Q}.weight_odd": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
 
-    assert f"{Q}.weight_odd belongs to no w4a16 layer" in failed(verify(folder, options=QUICK))["extra tensors"]
+    assert f"{Q}.weight_odd belongs to no w4a16 layer" in failed(verify(folder, options=QUICK))["files"]

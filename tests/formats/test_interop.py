@@ -78,16 +78,28 @@ def test_transformers_dequantizes_what_compressed_tensors_holds(scheme: str, tmp
     require_equal(found, logits(ours(folder, torch.bfloat16)))
 
 
+def nudged(model: nn.Module, seed: int) -> Tensor:
+    """Its logits where the result of every linear is off by no more than a sum in float32."""
+    draws = torch.Generator().manual_seed(seed)
+    linears = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    handles = [m.register_forward_hook(lambda _, __, y: y * (1 + 3e-7 * torch.randn(y.shape, generator=draws))) for m in linears]
+    found = logits(model)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 @pytest.mark.parametrize("scheme", WITH_ACTIVATIONS)
 def test_transformers_rounds_activations_as_our_runtime_does(scheme: str, tmp_path: Path) -> None:
-    """Both sum in another order, so codes at a border part: the two are near each other, and nearer than what leaves activations as they are."""
+    """Both sum in another order, so codes at a border part: the two are as near as transformers is to itself with sums moved by as much."""
     folder = written(tmp_path / "out", scheme, "compressed-tensors")
     runtime = load(str(folder), mode="exact", device=torch.device("cpu")).model
     runtime.set_attn_implementation("eager")
 
-    found, expected, unrounded = logits(theirs(folder)), logits(runtime), logits(ours(folder))
+    model = theirs(folder)
+    found, expected, unrounded = logits(model), logits(runtime), logits(ours(folder))
 
-    assert (found - expected).abs().mean() < 0.015 * expected.std()
+    assert (found - expected).abs().mean() < 2 * max((found - nudged(model, seed)).abs().mean() for seed in range(3))
     assert (found - expected).abs().mean() < 0.8 * (found - unrounded).abs().mean()
 
 
