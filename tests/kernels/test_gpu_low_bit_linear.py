@@ -299,7 +299,7 @@ def test_other_levels_and_zero_points_are_refused_and_so_are_codes_that_are_no_n
 
 def test_a_rule_of_the_gpu_at_hand_comes_before_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     packed, _, _ = make(CASES[1], device)
-    tiles = {"block_n": 32, "block_m": 16, "block_k": 64, "warps": 4, "stages": 2}
+    tiles = {"block_n": 128, "block_m": 16, "block_k": 64, "warps": 4, "stages": 2}
     (tmp_path / "nvidia_h200.json").write_text(json.dumps([{"exact": False, "rows": 8, "n": 60, "k": 256, "kind": "int4", "tiles": tiles}]))
     (tmp_path / "default.json").write_text((low_bit_linear._TUNED / "default.json").read_text())
     monkeypatch.setattr(low_bit_linear, "_TUNED", tmp_path)
@@ -308,7 +308,7 @@ def test_a_rule_of_the_gpu_at_hand_comes_before_the_default(tmp_path: Path, monk
     monkeypatch.setattr(low_bit_linear, "_rules", lambda name: rules)
 
     found = [low_bit_linear.tiles_for(rows, packed, torch.bfloat16, exact=False).block_n for rows in (8, 9)]
-    assert found == [32, 64] and low_bit_linear.tiles_for(8, packed, torch.bfloat16, exact=True).block_n == 64
+    assert found == [128, 64] and low_bit_linear.tiles_for(8, packed, torch.bfloat16, exact=True).block_n == 32
 
 
 @pytest.mark.slow

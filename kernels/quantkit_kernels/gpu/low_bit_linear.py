@@ -45,7 +45,7 @@ def _linear(
     Args:
         codes_ptr: words of 32 bits as `pack` leaves them, codes_stride of them a row.
         scales_ptr, zeros_ptr: [G, N].
-        unit: what scales are multiples of, but not where a row has one.
+        unit: a power of two that scales were divided by; 1 where a row has one.
         MIDDLE: the code of an integer that means 0; None where zeros_ptr has it.
         GROUP: columns; 0 where a row has one scale.
         EXACT: multiply and add in float32, in an order that K and GROUP alone settle.
@@ -72,6 +72,7 @@ def _linear(
         has_word = has_n if EVEN else has_n & (step * WORDS + word < codes_stride)[None, :]
         codes = tl.load(codes_at + step * WORDS, mask=has_word, other=0)  # [BLOCK_N, WORDS]
         sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32) if SCALES_SUMS or EXACT else total
+        looked_up = _looked_up(codes, levels) if KIND == "table4" else None
         for plane in tl.static_range(PLANES):
             start = step * BLOCK_K + 8 * plane
             x = tl.load(x_at + start, mask=has_m if EVEN else has_m & (start + column < K)[:, None], other=0.0)  # [2 * WORDS, BLOCK_M]
@@ -82,7 +83,7 @@ def _linear(
                     has_group &= (start + part < K)[None, :]
                 scale = tl.load(scales_ptr + group_at, mask=has_group, other=0.0).to(tl.float32)  # [BLOCK_N, parts]
                 zero = _spread(tl.load(zeros_ptr + group_at, mask=has_group, other=0), RUN // 2) if MIDDLE is None else MIDDLE
-            w = _numbers(codes >> (16 // PLANES * plane), zero, levels, KIND, MIDDLE, dtype)  # [BLOCK_N, 2 * WORDS]
+            w = looked_up[plane] if KIND == "table4" else _numbers(codes >> (16 // PLANES * plane), zero, KIND, MIDDLE, dtype)  # [BLOCK_N, 2 * WORDS]
             if GROUP > 0 and not SCALES_SUMS:
                 w *= _spread(scale.to(dtype), RUN)
             sums = tl.dot(w, x.to(dtype), sums, input_precision=precision)
@@ -98,14 +99,10 @@ def _linear(
 
 
 @triton.jit
-def _numbers(words, zero, levels, KIND: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
+def _numbers(words, zero, KIND: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
     """What the lowest code in each half of a word stands for: of words [N, W], [N, 2 W], the lower half's before the higher's."""
     codes = words & (0x00FF00FF if KIND == "int8" or KIND == "e4m3" else 0x000F000F)
-    if KIND == "table4":
-        halves = _halves(codes)
-        at = tl.reshape(halves, (halves.shape[0] * halves.shape[1],)).to(tl.int32)
-        return tl.reshape(tl.gather(levels, at, 0), halves.shape)
-    elif KIND == "e2m1":
+    if KIND == "e2m1":
         return _floats(codes, 2, 1, dtype)
     elif KIND == "e4m3":
         return _floats(codes, 4, 3, dtype)
@@ -114,6 +111,19 @@ def _numbers(words, zero, levels, KIND: tl.constexpr, MIDDLE: tl.constexpr, dtyp
         power: tl.constexpr = 8388608.0 if within == tl.float32 else 1024.0 if within == tl.float16 else 128.0
         above = power + MIDDLE if MIDDLE is not None else _integers(zero.to(tl.int32) * 0x00010001, within)
         return (_integers(codes, within) - above).to(dtype)
+
+
+@triton.jit
+def _looked_up(words, levels):
+    """As `_numbers`, from a table, for each of the four codes in halves of words: one look-up, since its barriers take time."""
+    low = tl.join(_halves(words & 0x000F000F), _halves((words >> 4) & 0x000F000F))
+    high = tl.join(_halves((words >> 8) & 0x000F000F), _halves((words >> 12) & 0x000F000F))
+    codes = tl.join(low, high)  # [N, 2 W, 2, 2]
+    numbers = tl.gather(levels, tl.reshape(codes.to(tl.int32), (8 * words.shape[0] * words.shape[1],)), 0)
+    low, high = tl.split(tl.reshape(numbers, codes.shape))
+    first, second = tl.split(low)
+    third, fourth = tl.split(high)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -231,17 +241,19 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | int, bits: int, levels: Te
     if levels is None and not 0 <= ends[0] <= ends[1] <= highest:
         raise ValueError(f"low_bit_linear: zero points from {ends[0]} to {ends[1]}; of {bits} bits it takes 0 to {highest}")
     if stored == 4:
-        pairs = codes.view(rows, -1, 2, 2, 8)  # [N, block, byte of a half, nibble, column]
+        pairs = codes.reshape(rows, -1, 2, 2, 8)  # [N, block, byte of a half, nibble, column]
         codes = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4
-    words = codes.view(rows, -1, 2, 4, 2).permute(0, 1, 3, 4, 2).contiguous().view(rows, -1).view(torch.int32)
+    words = codes.reshape(rows, -1, 2, 4, 2).permute(0, 1, 3, 4, 2).contiguous().view(rows, -1).view(torch.int32)
     scale = scale if scale.dtype in TYPES else scale.float()
     group = columns // scale.shape[1]
     times = 1 if group in (columns, HALF_BLOCK) or group % SCALED_SUMS == 0 else group // BLOCK
-    zeros = None if isinstance(zero, int) or levels is not None else _by_group(zero.to(torch.uint8), times)
+    has_zeros = levels is None and isinstance(zero, Tensor)
+    middle = zero if levels is None and isinstance(zero, int) else 0
+    zeros = _by_group(zero.to(torch.uint8), times) if has_zeros else None  # type: ignore[union-attr]
     table = levels.float().contiguous().to(codes.device) if kind == "table4" else None  # type: ignore[union-attr]
     unit = _unit(scale) if group < columns and group // times < SCALED_SUMS else 1.0
     scale = (scale.float() / unit).to(torch.float32 if scale.dtype == torch.float16 and unit > 1 else scale.dtype)
-    return Packed(words, _by_group(scale, times), zeros, rows, columns, group // times, kind, zero if isinstance(zero, int) else 0, table, unit)
+    return Packed(words, _by_group(scale, times), zeros, rows, columns, group // times, kind, middle, table, unit)
 
 
 def linear(x: Tensor, weight: Packed, *, exact: bool) -> Tensor:
@@ -265,14 +277,15 @@ def linear(x: Tensor, weight: Packed, *, exact: bool) -> Tensor:
     splits = triton.cdiv(steps, steps_of_split)
     to = y if splits == 1 else torch.empty(splits, num_rows, rows, dtype=torch.float32, device=x.device)
     middle, unused = weight.middle if weight.zeros is None else None, weight.scales
-    _linear[(tiles_m, tiles_n, splits)](
-        x, weight.codes, weight.scales, unused if weight.zeros is None else weight.zeros, unused if weight.levels is None else weight.levels, to,
-        num_rows, rows, columns, x.stride(0) if num_rows > 1 else columns, weight.codes.shape[1], steps_of_split, weight.unit,
-        **_constants(weight.kind, middle, _group(weight), exact, tiles, columns % tiles.block_k == 0),
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    if splits > 1:
-        _add[(triton.cdiv(y.numel(), _ADDED),)](to, y, y.numel(), splits, BLOCK_SIZE=_ADDED)
+    with torch.cuda.device_of(x):
+        _linear[(tiles_m, tiles_n, splits)](
+            x, weight.codes, weight.scales, unused if weight.zeros is None else weight.zeros, unused if weight.levels is None else weight.levels, to,
+            num_rows, rows, columns, x.stride(0) if num_rows > 1 else columns, weight.codes.shape[1], steps_of_split, weight.unit,
+            **_constants(weight.kind, middle, _group(weight), exact, tiles, columns % tiles.block_k == 0),
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        if splits > 1:
+            _add[(triton.cdiv(y.numel(), _ADDED),)](to, y, y.numel(), splits, BLOCK_SIZE=_ADDED)
     return y
 
 
