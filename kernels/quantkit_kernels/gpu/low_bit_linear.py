@@ -340,10 +340,12 @@ def _constants(kind: str, middle: int | None, group: int, exact: bool, tiles: Ti
 
 
 def _fitted(tiles: Tiles, group: int, dtype: torch.dtype, exact: bool) -> Tiles:
-    """With columns of a tile that lie in one group of 64 or more; as few as can be where float32 takes twice the memory or sums have an order."""
-    most = SCALED_SUMS if exact or dtype == torch.float32 else tiles.block_k
+    """With columns that lie in one group of 64 or more; small where float32 takes twice the memory, and always the same where sums have an order."""
+    is_wide = dtype == torch.float32
+    most = SCALED_SUMS if exact or is_wide else tiles.block_k
     block_k = math.gcd(most, group) if group >= SCALED_SUMS else most
-    return replace(tiles, block_k=block_k, programs=0 if exact else tiles.programs)
+    block_m = min(tiles.block_m, 64) if is_wide else tiles.block_m
+    return replace(tiles, block_m=block_m, block_k=block_k, programs=0 if exact else tiles.programs)
 
 
 @cache
