@@ -40,10 +40,13 @@ class Tile:
     stages: int
 
 
-DECODE = {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)}
-PREFILL = {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)}
-FLOAT32 = {64: Tile(16, 64, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 2)}
-EXACT = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+TILES = {
+    "decode": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+    "prefill": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "decode float32": {64: Tile(16, 64, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 3)},
+    "prefill float32": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 4, 2)},
+    "exact": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
 """By head size; others take those of the next one. Chosen by compiles for shared memory and no spills on every architecture; not yet timed."""
 
 
@@ -220,13 +223,14 @@ def paged_attention(
     at_once = tokens
     if exact:
         per_token = 4 * heads * head_dim * triton.cdiv(tables.shape[1] * k.shape[3], EXACT_SPLIT_KEYS)
-        at_once = max(1, EXACT_SCRATCH_BYTES // per_token)
-    for first in range(0, tokens, max(at_once, 1)):
-        of = slice(first, first + at_once)
-        _launch(
-            q[of], k, v, k_scale, v_scale, tables, sequence[of], position[of], sinks, starts if tokens <= at_once else None, out[of],
-            scale, window, softcap, exact,
-        )  # fmt: skip
+        at_once = max(1, EXACT_SCRATCH_BYTES // max(1, per_token))
+    with torch.cuda.device_of(q):
+        for first in range(0, tokens, max(at_once, 1)):
+            of = slice(first, first + at_once)
+            _launch(
+                q[of], k, v, k_scale, v_scale, tables, sequence[of], position[of], sinks, starts if tokens <= at_once else None, out[of],
+                scale, window, softcap, exact,
+            )  # fmt: skip
     return out
 
 
@@ -252,18 +256,14 @@ def _converts_e4m3(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _tile(dims: int, dtype: torch.dtype, *, is_decode: bool, exact: bool) -> Tile:
-    table = EXACT if exact else FLOAT32 if dtype == torch.float32 else DECODE if is_decode else PREFILL
-    return table[max(64, dims)]
-
-
 def _constants(
     head_dim: int, block_size: int, group: int, q_type: torch.dtype, cache_type: torch.dtype, *, is_decode: bool, exact: bool
 ) -> tuple[dict[str, object], Tile]:
     """The constants that follow from shapes and types."""
     dims, is_8_bit = triton.next_power_of_2(head_dim), cache_type.itemsize == 1
     dtype = torch.float32 if exact else torch.float16 if is_8_bit else torch.promote_types(q_type, cache_type)
-    tile = _tile(dims, dtype, is_decode=is_decode, exact=exact)
+    kind = "exact" if exact else ("decode" if is_decode else "prefill") + (" float32" if dtype == torch.float32 else "")
+    tile = TILES[kind][max(64, dims)]
     rows = max(tile.rows, triton.next_power_of_2(group))
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "GROUP": group, "TOKENS": 1 if is_decode else rows // group, "ROWS": rows,
@@ -354,9 +354,11 @@ def shipped() -> Iterator[Configuration]:
     for head_dim in (64, 128, 256):
         yield _configuration(head_dim, 4, bf16, bf16, is_decode=True)
         yield _configuration(head_dim, 4, bf16, bf16, is_decode=False, options="window softcap sinks" if head_dim == 256 else "")
-        yield _configuration(head_dim, 4, bf16, bf16, is_decode=True, exact=True)
     yield _configuration(80, 7, bf16, bf16, is_decode=True)
-    yield _configuration(128, 4, fp32, fp32, is_decode=True)
+    for is_decode in (True, False):
+        yield _configuration(128, 4, fp32, fp32, is_decode=is_decode)
+    for head_dim in (128, 256):
+        yield _configuration(head_dim, 4, bf16, bf16, is_decode=True, exact=True)
     for cache_type in (int8, fp8):
         for is_decode in (True, False):
             yield _configuration(128, 4, bf16, cache_type, is_decode=is_decode)

@@ -86,10 +86,11 @@ def store_kv(
     top = 127.0 if k_cache.dtype == torch.int8 else 448.0
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    _store[(triton.cdiv(tokens, TOKENS), heads)](
-        k_cache, v_cache, k, v, slots, k_scale, v_scale, fixed_k, fixed_v, tokens, heads, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[3], DIMS=triton.next_power_of_2(head_dim), TOKENS=TOKENS, TOP=top, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(k):
+        _store[(triton.cdiv(tokens, TOKENS), heads)](
+            k_cache, v_cache, k, v, slots, k_scale, v_scale, fixed_k, fixed_v, tokens, heads, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[3], DIMS=triton.next_power_of_2(head_dim), TOKENS=TOKENS, TOP=top, num_warps=4,
+        )  # fmt: skip
 
 
 def _check(
