@@ -47,7 +47,8 @@ TILES = {
     "prefill float32": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 4, 2)},
     "exact": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
-"""By head size; others take those of the next one. Chosen by compiles for shared memory and no spills on every architecture; not yet timed."""
+"""By head size; others take those of the next one. Chosen by compiles, not timed yet: all fit every architecture, and none spills on sm_90 with up
+to 32 heads to a KV head; on sm_80 and sm_89, prefill does where caches have 8 bits (up to 152 bytes a thread)."""
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _attend(
     q_at = token.to(tl.int64)[:, None] * q_token_stride + head[:, None] * q_head_stride + dim[None, :]
     q = tl.load(q_ptr + q_at, mask=is_row[:, None] & is_dim[None, :], other=0.0)  # [ROWS, DIMS]
     if HAS_UNIT:
-        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     q = q.to(TYPE)
 
     high = tl.max(place, axis=0)
@@ -204,8 +205,9 @@ def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, tables: Tensor, sequence: Tensor, position: Tensor,
     *, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, starts: Tensor | None = None, exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As `reference.paged_attention`, without waiting for the device; q may be float32, bfloat16 or float16. Products
-    are float16's with an 8-bit cache, TF32's where q's type is not the cache's, and those of the type of both otherwise.
+    """As `reference.paged_attention`, without waiting for the device.
+
+    Values are multiplied as float16 where the cache has 8 bits, in the type of q and cache where that is one of 16 bits, and as TF32 otherwise.
 
     Args:
         tables: rows may lie apart. Splits are made for as many keys as a row of it has room for, so a narrower view makes fewer empty ones.
@@ -221,6 +223,7 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tokens, heads, head_dim = q.shape
     at_once = tokens
+    is_decode = tokens <= (len(tables) if starts is None else len(starts))
     if exact:
         per_token = 4 * heads * head_dim * triton.cdiv(tables.shape[1] * k.shape[3], EXACT_SPLIT_KEYS)
         at_once = max(1, EXACT_SCRATCH_BYTES // max(1, per_token))
@@ -229,7 +232,7 @@ def paged_attention(
             of = slice(first, first + at_once)
             _launch(
                 q[of], k, v, k_scale, v_scale, tables, sequence[of], position[of], sinks, starts if tokens <= at_once else None, out[of],
-                scale, window, softcap, exact,
+                scale, window, softcap, is_decode, exact,
             )  # fmt: skip
     return out
 
@@ -267,7 +270,7 @@ def _constants(
     rows = max(tile.rows, triton.next_power_of_2(group))
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "GROUP": group, "TOKENS": 1 if is_decode else rows // group, "ROWS": rows,
-        "KEYS": tile.keys, "DIMS": dims, "RUN": gcd(block_size, tile.keys), "TYPE": _triton(dtype), 
+        "KEYS": tile.keys, "DIMS": dims, "RUN": gcd(block_size, tile.keys), "TYPE": _triton(dtype),
         "PRECISION": "ieee" if exact else "tf32", "HAS_UNIT": is_8_bit and not exact, "IS_FIXED": exact,
         "SPLIT_TILES": triton.cdiv(EXACT_SPLIT_KEYS if exact else SPLIT_KEYS, tile.keys),
     }  # fmt: skip
@@ -276,20 +279,21 @@ def _constants(
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, tables: Tensor, sequence: Tensor, position: Tensor,
-    sinks: Tensor | None, starts: Tensor | None, out: Tensor, scale: float, window: int, softcap: float, exact: bool,
+    sinks: Tensor | None, starts: Tensor | None, out: Tensor, scale: float, window: int, softcap: float, is_decode: bool, exact: bool,
 ) -> None:  # fmt: skip
     (tokens, heads, head_dim), (_, kv_heads, _, block_size) = q.shape, k.shape
-    is_decode = tokens <= (len(tables) if starts is None else len(starts))
     constants, tile = _constants(head_dim, block_size, heads // kv_heads, q.dtype, k.dtype, is_decode=is_decode, exact=exact)
-    if not is_decode and starts is None:
-        starts = first_tokens(sequence, len(tables))
     blocks = triton.cdiv(tokens, constants["TOKENS"])
-    programs = (blocks if starts is None or is_decode else blocks + len(starts)) * kv_heads
+    busy = blocks if is_decode or starts is None else blocks + len(starts)
+    if is_decode:
+        starts = None
+    elif starts is None:
+        starts = first_tokens(sequence, len(tables))
     longest = tables.shape[1] * block_size
     if exact:
         splits = triton.cdiv(longest, EXACT_SPLIT_KEYS)
     else:
-        splits = num_splits(programs, _processors(q.device), min(longest, window + constants["TOKENS"]) if window else longest)
+        splits = num_splits(busy * kv_heads, _processors(q.device), min(longest, window + constants["TOKENS"]) if window else longest)
     is_split = exact or splits > 1
     parts, state = out, None
     if is_split:
@@ -297,7 +301,7 @@ def _launch(
         state = torch.empty(tokens, heads, splits, 2, dtype=torch.float32, device=q.device)
     if k.dtype == torch.float8_e4m3fn and not _converts_e4m3(k.device):
         k, v = k.view(torch.uint8), v.view(torch.uint8)
-    _attend[(programs // kv_heads, kv_heads, splits)](
+    _attend[(blocks if starts is None else blocks + len(starts), kv_heads, splits)](
         q, k, v, k_scale, v_scale, tables, sequence, position, starts, sinks, parts, state,
         tokens, heads, kv_heads, q.stride(0), q.stride(1), tables.stride(0), blocks, splits, float(scale), window, float(softcap),
         **constants, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, IS_SPLIT=is_split, num_warps=tile.warps, num_stages=tile.stages,
