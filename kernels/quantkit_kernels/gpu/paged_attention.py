@@ -48,7 +48,7 @@ TILES = {
     "exact": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
 """By head size; others take those of the next one. Chosen by compiles, not timed yet: all fit every architecture, and none spills on sm_90 with up
-to 32 heads to a KV head; on sm_80 and sm_89, prefill does where caches have 8 bits (up to 152 bytes a thread)."""
+to 32 heads to a KV head; on sm_80 and sm_89, prefill may: up to 152 bytes a thread of 8-bit caches, 8 of others."""
 
 
 @triton.jit
