@@ -96,6 +96,25 @@ def paged_attention(
     return out
 
 
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of two [T, H], and that divided by its root mean square, times a weight [H]; in x's type, each rounded once, computed in float32."""
+    total = x if residual is None else x + residual
+    wide = total.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype), total
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[T, heads, dim], the first R values of each head turned by its token's angles [T, R / 2], one half of them with the other; in float32."""
+    first, second, rest = heads.float().split([cos.shape[1], cos.shape[1], heads.shape[2] - 2 * cos.shape[1]], dim=-1)
+    cos, sin = cos.float()[:, None], sin.float()[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(heads.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of [T, N], computed in float32 and rounded once."""
+    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
 def low_bit_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | int, group_of_column: Tensor | None, product: Product, levels: Tensor | None = None
 ) -> Tensor:

@@ -39,6 +39,7 @@ class Configuration:
         constants: the constant arguments.
         options: num_warps, num_stages and the like.
         aligned: arguments, besides all pointers, that 16 divides.
+        archs: the architectures it is for.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Configuration:
     constants: Mapping[str, Any]
     options: Mapping[str, int]
     aligned: tuple[str, ...] = ()
+    archs: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def main() -> None:
     found = []
     for configuration in shipped():
         if args.only in configuration.name:
-            for arch in args.arch:
+            for arch in (arch for arch in args.arch if arch in configuration.archs):
                 made = compile_for(configuration, arch)
                 found.append(made)
                 matrix = made.count("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA")
