@@ -9,9 +9,14 @@ costs).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from math import gcd
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -64,7 +69,8 @@ def quantized_linear(q: QuantizedTensor, scheme: Scheme, mode: Mode) -> Linear:
     if activation is None and mode == "fast" and why_not_int8(q) is None:
         codes, scale = int8_linear.pack(q.codes, q.scale)
         return lambda x: int8_linear.linear(x, codes, scale, fast_bfloat16=has_fast_bfloat16())
-    product = _native(q, exact=True) if why_not_native(q, exact=True) is None else _dequantized(q, mode)
+    is_exact = mode == "exact" or low_bit_kernels(q.codes.device) is low_bit_linear
+    product = _native(q, exact=is_exact) if why_not_native(q, exact=is_exact) is None else _dequantized(q, mode)
     static = q.input_scale
     return product if activation is None else lambda x: product(fake_quantize(x, activation, static))
 
@@ -73,17 +79,29 @@ def why_not_native(q: QuantizedTensor, *, exact: bool) -> str | None:
     """Why the native kernel of this device for weights in groups does not take the tensor, or None when it does.
 
     Args:
-        exact: multiplied by float32 activations; otherwise by activations of 8 bits.
+        exact: multiplied in float32; otherwise on a CPU by activations of 8 bits, on a GPU in the activations' type.
     """
-    if q.codes.device.type != "cpu":
-        return "no kernel for this device yet"
+    kernels = low_bit_kernels(q.codes.device)
+    if kernels is None:
+        return "no kernel for this device"
     if q.group_of_column is not None:
         return "groups that are not runs of columns, and not of equal size"
-    if q.zero is not None and not 0 <= int(q.zero.min()) <= int(q.zero.max()) <= 255:
-        return "a zero point beyond what a byte holds"
-    if q.spec.kind == "e4m3" and (not exact or bool((q.codes & 127 == 127).any())):
+    if q.zero is not None and not 0 <= int(q.zero.min()) <= int(q.zero.max()) <= (127 if q.spec.bits <= 4 else 255):
+        return "a zero point beyond those that kernels hold"
+    by_8_bits = not exact and kernels is low_bit_linear
+    if q.spec.kind == "e4m3" and (by_8_bits or bool((q.codes & 127 == 127).any())):
         return "8-bit floats by activations of 8 bits, or codes that are no numbers"
-    return low_bit_linear.why_not(q.shape[1], _run_of_scale(q), q.spec.bits, exact=exact)
+    return kernels.why_not(q.shape[1], _run_of_scale(q), q.spec.bits, exact=exact)
+
+
+@cache
+def low_bit_kernels(device: torch.device) -> ModuleType | None:
+    """The kernels for weights in groups of a device: C++ for CPUs, Triton for GPUs. QUANTKIT_NATIVE=0 asks for neither."""
+    if device.type == "cpu":
+        return low_bit_linear
+    if device.type != "cuda" or find_spec("triton") is None or os.environ.get("QUANTKIT_NATIVE") == "0":
+        return None
+    return import_module("quantkit_kernels.gpu.low_bit_linear")
 
 
 def why_not_int4(q: QuantizedTensor) -> str | None:
@@ -187,8 +205,10 @@ def _native(q: QuantizedTensor, *, exact: bool) -> Linear:
     scale = row_scales(q)
     if scale.dtype == torch.float32 and torch.equal(scale.bfloat16().float(), scale):
         scale = scale.bfloat16()  # as powers of two are
-    packed = low_bit_linear.pack(q.codes, scale, _zero(q), q.spec.bits, table(q.spec.kind))
-    return lambda x: low_bit_linear.linear(x, packed, exact=exact).to(x.dtype)
+    kernels = low_bit_kernels(q.codes.device)
+    assert kernels is not None
+    packed = kernels.pack(q.codes, scale, _zero(q), q.spec.bits, table(q.spec.kind))
+    return lambda x: kernels.linear(x.contiguous(), packed, exact=exact).to(x.dtype)
 
 
 def _int8_activations(q: QuantizedTensor, activation: ActivationSpec) -> Linear:
