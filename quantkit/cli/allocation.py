@@ -27,11 +27,16 @@ def show_allocation(results: Console, prepared: Prepared) -> None:
     if allocation.solution is None or allocation.measurement is None:
         results.print(_candidates(known_before(allocation.problem, prepared.plan, prepared.model_dtype)))
         return
-    table = plain_table("layers", "scheme", "blocks")
-    for kind, scheme, blocks in _by_kind(allocation.solution.units):
-        table.add_row(kind, scheme, blocks)
-    results.print(table)
+    results.print(chosen(allocation.solution.units))
     results.print(f"KL divergence predicted: {allocation.solution.predicted:.3g} nats a token, from {allocation.measurement.calibration}")
+
+
+def chosen(units: dict[str, str]) -> Table:
+    """Which scheme every kind of layer has, and in which blocks."""
+    table = plain_table("layers", "scheme", "blocks")
+    for kind, scheme, blocks in _by_kind(units):
+        table.add_row(kind, scheme, blocks)
+    return table
 
 
 def _candidates(known: dict[str, Any]) -> Table:

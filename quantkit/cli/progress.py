@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from quantkit.checkpoint.weight_files import some
-from quantkit.cli.allocation import allocation_line, show_allocation
+from quantkit.cli.allocation import allocation_line, chosen, show_allocation
 from quantkit.cli.plan_json import planned_checkpoint
 from quantkit.cli.tables import results_console
 from quantkit.conversion.prepare import Prepared
@@ -137,6 +137,8 @@ def show_report(report: ConversionReport) -> None:
     elif report.recipe:
         table.add_row("perplexity, KL", f"not measured; quantkit eval {quote(report.output)} --baseline {quote(report.source)}")
     results.print(table)
+    if report.allocation:
+        results.print(chosen(report.allocation["units"]))
     if report.calibration:
         results.print(report.calibration)
     if report.experts:

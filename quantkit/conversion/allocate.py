@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import quantkit
-from quantkit.conversion.allocation_file import ALLOCATION_FILE, PICTURE_FILE, Measurement, allocation_path, path_beside
+from quantkit.conversion.allocation_file import ALLOCATION_FILE, PICTURE_FILE, Measurement, Trial, allocation_path, path_beside
 from quantkit.conversion.calibration import CalibrationSet
 from quantkit.conversion.pareto import draw_pareto
 from quantkit.conversion.prepare import Prepared, allocated
@@ -52,7 +52,7 @@ def _measured_rows(rows: CalibrationSet) -> CalibrationSet:
 
 def _made_by(prepared: Prepared, rows: CalibrationSet) -> dict[str, Any]:
     return {
-        "rows": rows.fingerprint, "roundings": sorted({repr(layer.rounding) for layer in prepared.plan.layers.values()}),
+        "rows": rows.fingerprint, "roundings": list(prepared.plan.roundings),
         "device": str(prepared.device), "torch": torch.__version__, "quantkit": quantkit.__version__,
     } | ({} if prepared.rotation is None else {"rotation": prepared.rotation.settings})  # fmt: skip
 
@@ -89,10 +89,12 @@ def tried(prepared: Prepared, divergence: DivergenceResult | None) -> Prepared:
     if allocation is None or divergence is None:
         return prepared
     assert allocation.measurement is not None and allocation.solution is not None
-    raw = allocation.solution.predicted / allocation.measurement.factor
+    roundings = prepared.plan.roundings
+    raw = allocation.solution.predicted / allocation.measurement.factor(roundings)
     if any(trial.predicted == raw and trial.measured == divergence.kl_mean for trial in allocation.measurement.trials):
         return prepared
-    measurement = allocation.measurement.tried(prepared.plan.linear_bpw, raw, divergence.kl_mean)
+    trial = Trial(prepared.plan.linear_bpw, raw, divergence.kl_mean, divergence.num_tokens, roundings)
+    measurement = allocation.measurement.tried(trial)
     return replace(prepared, allocation=replace(allocation, measurement=measurement))
 
 
@@ -114,12 +116,13 @@ def account(prepared: Prepared, divergence: DivergenceResult | None) -> dict[str
         return None
     problem, solution, measurement = allocation.problem, allocation.solution, allocation.measurement
     assert solution is not None and measurement is not None
-    curve = [{"linear_bpw": bpw, "predicted_kl": kl} for bpw, kl in problem.curve(measurement.losses, measurement.factor)]
-    uniform = problem.uniform(measurement.losses, measurement.factor)
+    factor = measurement.factor(prepared.plan.roundings)
+    curve = [{"linear_bpw": bpw, "predicted_kl": kl} for bpw, kl in problem.curve(measurement.losses, factor)]
+    uniform = problem.uniform(measurement.losses, factor)
     return {
         "budget": str(problem.budget), "kept": _is_kept(prepared, divergence),
         "linear_bpw": prepared.plan.linear_bpw, "file_bpw": prepared.plan.file_bpw,
-        "predicted_kl": solution.predicted, "measured_kl": divergence.kl_mean if divergence else None, "factor": measurement.factor,
+        "predicted_kl": solution.predicted, "measured_kl": divergence.kl_mean if divergence else None, "factor": factor,
         "proven_within": max(0.0, solution.predicted - solution.bound), "units": solution.units, "measured_on": measurement.calibration,
         "uniform": {name: {"linear_bpw": bpw, "predicted_kl": kl} for name, (bpw, kl) in uniform.items()}, "pareto": curve,
     }  # fmt: skip

@@ -25,11 +25,13 @@ _KIND, _VERSION = "quantkit allocation", 1
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A model that was made from a prediction: nats a token as predicted, and as measured on held-out rows."""
+    """A model that was made from a prediction: nats a token as predicted, and as measured on so many held-out tokens; and by which roundings."""
 
     linear_bpw: float
     predicted: float
     measured: float
+    tokens: int = 0
+    roundings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +55,18 @@ class Measurement:
     losses: dict[str, dict[str, float]]
     trials: tuple[Trial, ...] = ()
 
-    @property
-    def factor(self) -> float:
-        """What predictions are multiplied by: a little more than what the last trial came to, and what many models did where there is none."""
-        if not self.trials or self.trials[-1].predicted <= 0:
+    def factor(self, roundings: tuple[str, ...]) -> float:
+        """What predictions are multiplied by for models of these roundings: a little more than what the trial on most tokens came to, the last of
+        several; and what many models did where there is none."""
+        alike = [trial for trial in self.trials if trial.roundings == roundings and trial.predicted > 0]
+        if not alike:
             return USUAL_FACTOR
-        return CAUTION * self.trials[-1].measured / self.trials[-1].predicted
+        trial = max(reversed(alike), key=lambda each: each.tokens)
+        return CAUTION * trial.measured / trial.predicted
 
-    def tried(self, linear_bpw: float, predicted: float, measured: float) -> Measurement:
-        """With one more trial; `predicted` is without a factor."""
-        return replace(self, trials=(*self.trials, Trial(linear_bpw, predicted, measured)))
+    def tried(self, trial: Trial) -> Measurement:
+        """With one more trial; what it predicted is without a factor."""
+        return replace(self, trials=(*self.trials, trial))
 
     def write(self, path: Path, outcome: Mapping[str, Any] | None = None) -> None:
         """Atomically; `outcome` is added for people and plots."""
@@ -83,11 +87,17 @@ class Measurement:
             if (content["kind"], content["version"]) != (_KIND, _VERSION):
                 raise ValueError(f"it is {content['kind']!r} of version {content['version']!r}")
             losses = {str(layer): {str(scheme): _loss(value) for scheme, value in by.items()} for layer, by in content["losses"].items()}
-            trials = tuple(Trial(**trial) for trial in content["trials"])
+            trials = tuple(_trial(**trial) for trial in content["trials"])
+            if not isinstance(content["made_by"], dict):
+                raise ValueError(f"made_by is {content['made_by']!r}")
             facts = {name: content[name] for name in ("source", "fingerprint", "made_by", "calibration", "tokens")}
             return cls(**facts, losses=losses, trials=trials)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no allocation that quantkit wrote ({error}); give another file, or a new name to measure") from error
+
+
+def _trial(linear_bpw: Any, predicted: Any, measured: Any, tokens: Any = 0, roundings: Any = ()) -> Trial:
+    return Trial(_loss(linear_bpw), _loss(predicted), _loss(measured), int(tokens), tuple(map(str, roundings)))
 
 
 def _loss(value: Any) -> float:

@@ -49,9 +49,13 @@ def make_report(
 
 
 def _without_place(results: list[LayerResult]) -> list[str]:
-    """A note where no layer's transform found a place."""
-    words = [result.transform for result in results if result.transform]
-    return [f"no layer's transform could be folded; {results[0].name}: {words[0]}"] if words and not any(" into " in word for word in words) else []
+    """A note on the layers whose transform found no place."""
+    asked = [result for result in results if result.transform]
+    without = [result for result in asked if " into " not in result.transform]
+    if not without:
+        return []
+    who = "no layer's transform" if len(without) == len(asked) else f"the transform of {len(without)} of {len(asked)} layers"
+    return [f"{who} could {'' if len(without) == len(asked) else 'not '}be folded; {without[0].name}: {without[0].transform}"]
 
 
 def peak_memory() -> int:

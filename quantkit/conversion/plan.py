@@ -73,6 +73,11 @@ class Plan:
         return any(layer.rounding.needs_drift for layer in self.layers.values())
 
     @property
+    def roundings(self) -> tuple[str, ...]:
+        """Of its layers, with their settings; each once."""
+        return tuple(sorted({repr(layer.rounding) for layer in self.layers.values()}))
+
+    @property
     def needs_calibration(self) -> bool:
         if self.kv_cache is not None or self.has_static_inputs:
             return True

@@ -163,7 +163,12 @@ def _with_problem(prepared: Prepared) -> Prepared:
         if measurement.made_by.get("rotation") != (prepared.rotation and prepared.rotation.settings):
             raise UsageError(f"{path} was measured after another rotation, or none; name a new file for a new measurement")
         prepared.allocation.require_covered(measurement, path, prepared.source.reader.fingerprint())
-        return allocated(prepared, measurement)
+        chosen = allocated(prepared, measurement)
+        measured, asked = measurement.made_by.get("roundings"), list(prepared.plan.roundings)
+        if measured != asked:
+            unlike = f"{path} was measured with {' and '.join(measured or ['roundings that it does not tell'])}"
+            chosen.plan.notes.append(f"{unlike}, and here {' and '.join(asked)} is asked for: what is predicted is of the former")
+        return chosen
     solution = problem.solve(problem.guess()) if budget.kind != "kl" else problem.solve_bits(problem.guess(), 1.0, inf)
     assert solution is not None
     plan = _plan(prepared.source, prepared.architecture, prepared.recipe, options, prepared.rotation, solution.layers)
@@ -180,12 +185,13 @@ def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:
     """
     assert prepared.allocation is not None and prepared.recipe is not None
     problem, spare = prepared.allocation.problem, 0
+    factor = measurement.factor(prepared.plan.roundings)
     while True:
-        solution = problem.solve(measurement.losses, measurement.factor, spare)
+        solution = problem.solve(measurement.losses, factor, spare)
         if solution is None and problem.budget.kind == "kl" and measurement.trials:
-            solution = problem.solve_bits(measurement.losses, measurement.factor, inf)  # what was predicted to do did not: do what can be done
+            solution = problem.solve_bits(measurement.losses, factor, inf)  # what was predicted to do did not: do what can be done
         if solution is None:
-            raise UsageError(_out_of_reach(problem, measurement))
+            raise UsageError(_out_of_reach(problem, measurement, factor))
         plan = _plan(prepared.source, prepared.architecture, prepared.recipe, prepared.options, prepared.rotation, solution.layers)
         over = ceil((plan.file_bpw - problem.budget.amount) * plan.parameters) if problem.budget.kind == "file" else 0
         if over <= 0:
@@ -195,8 +201,8 @@ def allocated(prepared: Prepared, measurement: Measurement) -> Prepared:
         spare += over  # headers of another length
 
 
-def _out_of_reach(problem: Problem, measurement: Measurement) -> str:
-    best = problem.solve_bits(measurement.losses, measurement.factor, inf)
+def _out_of_reach(problem: Problem, measurement: Measurement, factor: float) -> str:
+    best = problem.solve_bits(measurement.losses, factor, inf)
     assert best is not None
     if problem.budget.kind != "kl":
         return f"{problem.budget} is a few bytes of headers below what these candidates come to; {problem.range[0] + 0.001:.3f} works"

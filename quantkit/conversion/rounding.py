@@ -15,6 +15,7 @@ from quantkit.errors import CalibrationError, SourceError
 from quantkit.formats.base import Format
 from quantkit.formats.fusion import with_one_range
 from quantkit.methods.base import Rounding, Statistics
+from quantkit.methods.clip import ClippedToNearest
 from quantkit.methods.registry import get_rounding
 from quantkit.models.experts import expert_of
 from quantkit.models.streaming import Weights
@@ -73,7 +74,7 @@ def _round_alike(
     spec = first.scheme.weight
     assert spec is not None
     parts = [finite_weight(layer, weights).to(device) for layer in layers]
-    rounding, note = affordable(first.rounding, statistics, parts[0].shape[1])
+    rounding, note = affordable(first.rounding, statistics, parts[0].shape[1], is_calibrated=plan.needs_calibration)
     stacked = torch.cat(parts if largest is None else [*parts, _row_of(largest, parts[0])])
     try:
         rounded = rounding(stacked, spec, plan.format.scale_dtype(model_dtype), statistics)
@@ -98,8 +99,14 @@ def _row_of(largest: float, weight: Tensor) -> Tensor:
     return row
 
 
-def affordable(rounding: Rounding, statistics: Statistics | None, num_inputs: int) -> tuple[Rounding, str | None]:
-    """The rounding, or the one to take in its place with why: a Hessian of less than half its inputs' number misleads GPTQ, its diagonal does not."""
+def affordable(rounding: Rounding, statistics: Statistics | None, num_inputs: int, *, is_calibrated: bool = True) -> tuple[Rounding, str | None]:
+    """The rounding, or the one to take in its place with why: a Hessian of less than half its inputs' number misleads GPTQ, its diagonal does not.
+
+    Args:
+        is_calibrated: whether layers are calibrated at all, so that one without statistics was not reached.
+    """
+    if statistics is None and is_calibrated and isinstance(rounding, ClippedToNearest):
+        return get_rounding("mse"), "too few calibration tokens reached it, so its scales were searched on the weight alone"
     if not rounding.needs_calibration or (statistics is not None and statistics.num_tokens >= num_inputs // 2):
         return rounding, None
     if statistics is None:

@@ -22,6 +22,15 @@ def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
     return {name: members for name, members in groups.items() if len(members) > 1}
 
 
+def expert_groups(names: Iterable[str]) -> list[list[str]]:
+    """The matrices of all experts of a layer, together: an engine runs them as a few tensors, which have one scheme."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if match := _EXPERT.fullmatch(name):
+            groups.setdefault(match[1], []).append(name)
+    return list(groups.values())
+
+
 def joint_name(name: str) -> str:
     """What a layer is called once it is joined with others; its own name where it is not."""
     parent, _, leaf = name.rpartition(".")

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from quantkit.core.divergence import DivergenceResult
 from quantkit.report.check import recoveries
 from quantkit.report.drawing import BASE, HEIGHT, SOFT, Chart, drawing, mark, plain_log
-from quantkit.report.layers import by_depth
+from quantkit.report.layers import by_depth, errors_of
 from quantkit.report.schema import Report
 
 _LEAST = 1e-7
@@ -78,10 +78,13 @@ def _depths(report: Report) -> Chart | None:
             color, sign = mark(number).values()
             size = 5 if len(depth) <= _FEW_BLOCKS else 2.5
             blocks, errors = [block for block, _ in depth], [max(error, _LEAST) for _, error in depth]
-            drawn.tell(*drawn.axes.plot(blocks, errors, color=color), each.name)
+            style = "-" if errors_of(each) == "outputs" else "--"
+            drawn.tell(*drawn.axes.plot(blocks, errors, color=color, linestyle=style), f"{each.name}, of {errors_of(each)}")
             for block, error in zip(blocks, errors, strict=True):
                 drawn.tell(*drawn.axes.plot(block, error, color=color, marker=sign, markersize=size), f"{each.name}, block {block}: {error:.2e}")
-        drawn.axes.set(xlabel="block", ylabel="mean error of its layers", yscale="log")
+        found = {errors_of(each) for _, each, _ in kept}
+        of = "outputs (dashed: weights)" if len(found) > 1 else found.pop()
+        drawn.axes.set(xlabel="block", ylabel=f"mean error of its layers' {of}", yscale="log")
         drawn.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plain_log(drawn.axes, x=False)
         ends = "; ".join(f"{each.name} from {depth[0][1]:.1e} in the first block to {depth[-1][1]:.1e} in the last" for _, each, depth in kept)

@@ -27,9 +27,9 @@ def heat_map(grid: LayerGrid, heat: Heat) -> Chart:
             layer = grid.layers.get((kind, block))
             if layer is not None:
                 parts.append(_cell(_LABEL + wide * column, y, wide, layer, heat(layer.error)))
-    parts += [*_ticks(grid, wide), *_key(height - 12, heat), "</svg>"]
+    parts += [*_ticks(grid, wide), *_key(height - 12, heat, grid.of), "</svg>"]
     worst = max(grid.layers.values(), key=lambda layer: layer.error)
-    alt = f"Error of each layer of {grid.name} by block and kind; the worst is {worst.name}, {worst.error:.1e}"
+    alt = f"Error of each layer's {grid.of} of {grid.name} by block and kind; the worst is {worst.name}, {worst.error:.1e}"
     return Chart(grid.name, "".join(parts), alt)
 
 
@@ -52,12 +52,12 @@ def _ticks(grid: LayerGrid, wide: int) -> list[str]:
     return [_text(_LABEL - 8, y, "block", anchor="end", soft=True), *numbers]
 
 
-def _key(y: float, heat: Heat) -> list[str]:
+def _key(y: float, heat: Heat, of: str) -> list[str]:
     """The scale, under the map."""
     start, end = _LABEL + 52, _LABEL + 52 + 18 * _STEPS + 6
     squares = [_square(start + 18 * step, y - 15, 18, step / (_STEPS - 1)) for step in range(_STEPS)]
     ends = [_text(_LABEL, y, f"{heat.low:.1e}", soft=True), _text(end, y, f"{heat.high:.1e}", soft=True)]
-    return [_text(_LABEL - 8, y, "error", anchor="end", soft=True), *ends, *squares]
+    return [_text(_LABEL - 8, y, f"error of {of}", anchor="end", soft=True), *ends, *squares]
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: float = 11, soft: bool = False, told: str = "") -> str:

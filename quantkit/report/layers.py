@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log
 from statistics import fmean
+from typing import Literal
 
 from quantkit.report.schema import CheckpointResult, LayerError, Report
 
+ErrorsOf = Literal["outputs", "weights"]
 OUTSIDE = "outside"
 """The block of layers that are in none."""
 
@@ -20,11 +22,13 @@ class LayerGrid:
     """The layers of one checkpoint.
 
     Attributes:
+        of: what errors are of, see `errors_of`.
         kinds, blocks: in the order of the model.
         layers: by kind and block; of experts the worst.
     """
 
     name: str
+    of: ErrorsOf
     kinds: list[str]
     blocks: list[str]
     layers: dict[tuple[str, str], LayerError]
@@ -32,7 +36,7 @@ class LayerGrid:
 
 @dataclass(frozen=True, slots=True)
 class Heat:
-    """A logarithmic scale of errors, one for all checkpoints of a report so that they can be compared."""
+    """A logarithmic scale of errors, one for all checkpoints of a report whose errors are of the same and can be compared."""
 
     low: float
     high: float
@@ -59,7 +63,12 @@ def layer_grid(checkpoint: CheckpointResult) -> LayerGrid | None:
     if not worst:
         return None
     blocks = sorted({block for _, block in worst}, key=lambda block: (block == OUTSIDE, int(block) if block != OUTSIDE else 0))
-    return LayerGrid(checkpoint.name, list(dict.fromkeys(kind for kind, _ in worst)), blocks, worst)
+    return LayerGrid(checkpoint.name, errors_of(checkpoint), list(dict.fromkeys(kind for kind, _ in worst)), blocks, worst)
+
+
+def errors_of(checkpoint: CheckpointResult) -> ErrorsOf:
+    """A calibrated layer's error is of its outputs, weighted by what it was seen to read; another's is of its weights, and is no measure of those."""
+    return "outputs" if any(layer.seen_tokens is not None for layer in known_layers(checkpoint)) else "weights"
 
 
 def by_depth(checkpoint: CheckpointResult) -> list[tuple[int, float]]:

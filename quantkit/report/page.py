@@ -24,10 +24,10 @@ def page(report: Report, findings: Sequence[Finding] | None = None) -> str:
         ("Conversions", words.conversions(report)),
     )  # fmt: skip
     grids = [grid for each in report.checkpoints if (grid := layer_grid(each)) is not None]
-    heat = Heat.of(grids)
+    heats = {of: Heat.of(grid for grid in grids if grid.of == of) for of in {grid.of for grid in grids}}
     return environment.get_template("page.html").render(
         report=report, warnings=words.warnings(report), charts=charts(report), legend=names_of(report.checkpoints), overview=words.overview(report),
-        sections=[(title, table) for title, table in sections if table[1]], heat_maps=[heat_map(grid, heat) for grid in grids],
+        sections=[(title, table) for title, table in sections if table[1]], heat_maps=[heat_map(grid, heats[grid.of]) for grid in grids],
         worst=words.worst(report), unknown_layers=words.unknown_layers(report),
         origins=[(what, words.origin_text(made).replace("`", "")) for what, made in words.origins(report)], findings=findings or (),
         checked=words.findings_table(findings) if findings else None, verdict=words.verdict(findings or ()),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from quantkit.conversion.outcome import REPORT_FILE
 from quantkit.evaluation.results import Comparison
 from quantkit.report.check import Finding, recoveries
-from quantkit.report.layers import unaccounted, worst_layers
+from quantkit.report.layers import errors_of, unaccounted, worst_layers
 from quantkit.report.schema import CheckpointResult, Provenance, Report
 
 WORST = 3
@@ -90,7 +90,8 @@ def conversions(report: Report) -> Table:
             mean = sum(layer.error for layer in made.layers) / len(made.layers)
             seen = "; ".join(text for text in (made.calibration or "none", made.experts) if text)
             bits = f"{each.bits_per_weight:.3f}" if each.bits_per_weight is not None else ""
-            errors, cost = (f"{mean:.2e}", f"{worst.name}: {worst.error:.2e}"), (f"{made.seconds:.0f} s", size(made.peak_memory_bytes))
+            errors = (f"{mean:.2e} of {errors_of(each)}", f"{worst.name}: {worst.error:.2e}")
+            cost = (f"{made.seconds:.0f} s", size(made.peak_memory_bytes))
             rows.append((each.name, made.recipe or "none", bits, *errors, *cost, seen))
     return heads, rows
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.conversion.allocation_file import CAUTION, USUAL_FACTOR, Measurement, Trial
 from quantkit.conversion.convert import Silent, convert
 from quantkit.conversion.options import ConvertOptions
 from quantkit.conversion.prepare import plan_conversion
@@ -21,6 +22,7 @@ from tests.conversion.conftest import contents, save_tiny
 from tests.conversion.test_verify import failed
 
 Options = Callable[..., ConvertOptions]
+TRIAL = {"linear_bpw": 4.0, "predicted": 0.1, "measured": 0.1}
 
 
 @pytest.fixture(scope="session")
@@ -255,3 +257,33 @@ def test_a_measurement_of_another_model_or_of_other_candidates_is_refused(
     (tmp_path / "text.json").write_text("{}")
     with pytest.raises(UsageError, match="no allocation that quantkit wrote"):
         plan_conversion(str(stories), options(target_bpw=4.4, allocation=str(tmp_path / "text.json")))
+
+
+def test_a_measurement_by_other_roundings_says_so(stories: Path, kept: Path, options: Options) -> None:
+    recipes, settings = ("w4a16-gptq", "w4a16-rtn"), {"target_bpw": 4.4, "allocation": str(kept)}
+    notes = {recipe: plan_conversion(str(stories), options(recipe, **settings)).plan.notes for recipe in recipes}
+
+    told = [note for note in notes["w4a16-rtn"] if "what is predicted is of the former" in note]
+    assert len(told) == 1 and "measured with GPTQ(" in told[0] and "RoundToNearest() is asked for" in told[0]
+    assert not any("predicted is of" in note for note in notes["w4a16-gptq"])
+
+
+def test_predictions_go_by_the_trial_on_most_tokens_of_the_same_roundings() -> None:
+    empty = Measurement("m", "f", {}, "", 1, {})
+    mine, other = ("GPTQ()",), ("RoundToNearest()",)
+    assert empty.factor(mine) == USUAL_FACTOR
+
+    large = empty.tried(Trial(4.0, 0.1, 0.2, 4096, mine))
+    after = large.tried(Trial(4.0, 0.1, 0.9, 60, mine)).tried(Trial(4.0, 0.1, 0.7, 9000, other))
+
+    assert large.factor(mine) == after.factor(mine) == pytest.approx(2 * CAUTION)
+    assert after.factor(other) == pytest.approx(7 * CAUTION)
+    assert after.tried(Trial(4.2, 0.1, 0.3, 4096, mine)).factor(mine) == pytest.approx(3 * CAUTION)
+
+
+@pytest.mark.parametrize("change", [*({"trials": [TRIAL | {"measured": value}]} for value in (-1, "x", float("nan"))), {"made_by": []}])
+def test_a_measurement_that_was_altered_is_refused_whatever_is_in_it(change: dict, stories: Path, kept: Path, options: Options) -> None:
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | change))
+
+    with pytest.raises(UsageError, match="is no allocation that quantkit wrote"):
+        plan_conversion(str(stories), options(target_bpw=4.4, allocation=str(kept)))

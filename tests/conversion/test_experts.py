@@ -154,3 +154,21 @@ def test_coverage_goes_by_expert_and_leaves_out_what_is_none() -> None:
     assert [(each.layer, each.minimum, each.median, each.maximum) for each in found.layers] == [("l.0", 5, 31, 100), ("l.1", 32, 64, 96)]
     assert found.below == ["l.0.experts.0", "l.0.experts.2"]
     assert coverage([LayerResult("l.0.experts.0.up", "w8a16", "SearchedScales", 0.1)], saw_all=False) is None
+
+
+def test_clipping_names_an_expert_that_nothing_reached_and_searches_its_scales(mixture: Path, tmp_path: Path, options: Options) -> None:
+    report = convert(str(mixture), tmp_path / "out", options("w4a16-awq", group_size=16))
+
+    layers = [layer for layer in report.layers if f".experts.{UNREACHED}." in layer.name]
+    assert len(layers) == 6 and all(layer.rounding == "SearchedScales" and "too few calibration tokens" in (layer.note or "") for layer in layers)
+    assert any("could not be folded" in note for note in report.notes)
+
+
+def test_experts_of_a_layer_fall_to_one_group_that_engines_load(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "moe", family="mixtral", **MOE | {"hidden_size": 64, "intermediate_size": 128})
+
+    plan = plan_conversion(str(source), ConvertOptions(recipe="w4a16-rtn", target_engines=("vllm",))).plan
+
+    experts = {layer.scheme.name for name, layer in plan.layers.items() if ".experts." in name}
+    assert experts == {"w4a16-g64"}
+    assert {plan.layers[name].note is not None for name in plan.layers if ".experts." in name} == {True}

@@ -27,7 +27,7 @@ def rounded(
     """A layer by GPTQ with so many tokens seen, in a container whose scales are half, or of this type for a bfloat16 model."""
     layer = SimpleNamespace(linear=SimpleNamespace(name="up", is_transposed=False), scheme=parse_scheme("w4a16-g64"), rounding=GPTQ(), note=None)
     fmt = SimpleNamespace(scale_dtype=lambda dtype: widest if dtype == torch.bfloat16 else torch.float16)
-    plan = SimpleNamespace(layers={"up": layer}, format=fmt)
+    plan = SimpleNamespace(layers={"up": layer}, format=fmt, needs_calibration=True)
     statistics = Statistics(correlated(INPUTS, tokens=tokens) if hessian is None else hessian, tokens)
     stored = {"up.weight": weights(16, INPUTS) if weight is None else weight}
     ((_, q, result),) = round_together(["up"], plan, stored, statistics, torch.float16, torch.device("cpu"))

@@ -19,6 +19,7 @@ from quantkit.report.layers import Heat, LayerGrid, by_depth, layer_grid, place,
 from quantkit.report.markdown import markdown
 from quantkit.report.page import page
 from quantkit.report.schema import CheckpointResult, Conversion, LayerError, Report
+from quantkit.report.words import conversions
 from tests.report.test_check import report_of, text_result
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -102,7 +103,7 @@ def test_the_line_by_depth_is_the_mean_of_each_blocks_layers() -> None:
     assert by_depth(converted(errors)) == [(0, pytest.approx(np.mean([0.1, 0.2, 0.6]))), (1, pytest.approx(0.3))]
     (chart,) = charts(beside(converted(errors), report_of().checkpoints[0]))
     assert chart.title == "Error by depth" and [text for text in texts(chart.svg, "title") if text] == [
-        "small", "small, block 0: 3.00e-01", "small, block 1: 3.00e-01",
+        "small, of weights", "small, block 0: 3.00e-01", "small, block 1: 3.00e-01",
     ]  # fmt: skip
 
 
@@ -162,3 +163,14 @@ def test_names_of_layers_break_out_of_no_picture() -> None:
     assert "<script>" not in page(beside(checkpoint)) and "<b>" not in page(beside(checkpoint))
     grid = grid_of(checkpoint)
     assert f"{odd}: 1.00e-01, w4a16, <b>" in texts(heat_map(grid, Heat.of([grid])).svg, "title")
+
+
+def test_errors_of_outputs_and_of_weights_are_told_apart_and_have_scales_of_their_own() -> None:
+    calibrated, plain = converted({"l.0.a": 1e-4, "l.1.a": 2e-4}, seen_tokens=100), converted({"l.0.a": 1e-2, "l.1.a": 5e-2})
+    report = beside(calibrated, plain.model_copy(update={"name": "plain"}))
+
+    html, rows = page(report), conversions(report)[1]
+
+    assert [row[3] for row in rows] == ["1.50e-04 of outputs", "3.00e-02 of weights"]
+    assert all(f"{low}</text>" in html for low in ("1.0e-04", "2.0e-04", "1.0e-02", "5.0e-02"))
+    assert "error of outputs" in html and "error of weights" in html and "(dashed: weights)" in html
