@@ -176,6 +176,12 @@ def no_experts(stored: Stored) -> str | None:
     return f"stacks experts and cannot do so with what bitsandbytes stores of each; {experts[0].name} is one" if experts else None
 
 
+def blocks_within_rows(stored: Stored) -> str | None:
+    """A note, by running such checkpoints with bitsandbytes 0.50 on a CPU; a GPU was not tried."""
+    wide = [layer for layer in stored.layers if (spec := layer.scheme.weight) and spec.is_flat and spec.group_size(layer.shape[1]) > layer.shape[1]]
+    return f"on a CPU bitsandbytes fails on blocks wider than a row, as those of {wide[0].name} are" if wide else None
+
+
 def no_nvfp4_experts(stored: Stored) -> str | None:
     """By loading such checkpoints with transformers 5.24, which is sane about other layers."""
     experts = [layer for layer in _experts(stored) if layer.scheme.name == "nvfp4"]

@@ -125,7 +125,7 @@ ENGINES = (
             "fp8": (r.in_blocks,),
             "modelopt": "does not know this quant_method",
         },
-        notes=(r.kv_cache_ignored,),
+        notes=(r.kv_cache_ignored, r.blocks_within_rows),
         how={
             "gptq": "needs gptqmodel >= 1.4.3 and optimum >= 1.24",
             "awq": "needs gptqmodel",

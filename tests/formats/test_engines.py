@@ -44,6 +44,7 @@ LOADS = [
     ("vLLM", stored("fp8", "fp8-static", "fp8-static", plain=("model.layers.0.self_attn.v_proj",)), False, "v_proj is none"),
     ("SGLang", stored("awq", "w4a16-asym", "w4a16-asym", plain=("model.layers.0.self_attn.v_proj",)), False, "v_proj is none"),
     ("vLLM", stored("bitsandbytes", unread="not read"), False, "plugin"),
+    ("transformers", stored("bitsandbytes", "nf4-b2048", shape=(256, 256)), True, "on a CPU bitsandbytes fails on blocks wider than a row"),
     ("SGLang", stored("compressed-tensors", "w4a16-asym"), True, ""),
     ("SGLang", stored("compressed-tensors", "w3a16"), False, "4 and 8 bits"),
     ("SGLang", stored("gptq", "w3a16-asym"), True, ""),
