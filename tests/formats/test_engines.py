@@ -44,7 +44,6 @@ LOADS = [
     ("vLLM", stored("fp8", "fp8-static", "fp8-static", plain=("model.layers.0.self_attn.v_proj",)), False, "v_proj is none"),
     ("SGLang", stored("awq", "w4a16-asym", "w4a16-asym", plain=("model.layers.0.self_attn.v_proj",)), False, "v_proj is none"),
     ("vLLM", stored("bitsandbytes", unread="not read"), False, "plugin"),
-    ("transformers", stored("bitsandbytes", "nf4-b2048", shape=(256, 256)), True, "on a CPU bitsandbytes fails on blocks wider than a row"),
     ("SGLang", stored("compressed-tensors", "w4a16-asym"), True, ""),
     ("SGLang", stored("compressed-tensors", "w3a16"), False, "4 and 8 bits"),
     ("SGLang", stored("gptq", "w3a16-asym"), True, ""),
@@ -111,6 +110,12 @@ def test_verdict(engine: str, model: Stored, loads: bool | None, reason: str) ->
 
 def test_an_unquantized_model_loads_everywhere() -> None:
     assert all(v.loads for v in verdicts(Stored(None)))
+
+
+def test_blocks_wider_than_a_row_are_told_of() -> None:
+    wide, narrow = (verdict("transformers", stored("bitsandbytes", scheme, shape=(256, 256))) for scheme in ("nf4-b2048", "nf4-b256"))
+
+    assert wide.loads and any("blocks wider than a row, as those of" in note for note in wide.notes) and not narrow.notes
 
 
 def test_experts_of_a_layer_share_one_scheme_where_they_are_fused() -> None:
