@@ -155,7 +155,8 @@ def decoding(bandwidth: float) -> list[dict[str, Any]]:
         seconds, read = medians({"quantkit": [attend] * 4})["quantkit"], 4 * k.numel()
         rates = {"microseconds": 1e6 * seconds, "of_bandwidth": read / seconds / bandwidth}
         found.append({"batch": batch, "length": length, "error": error} | rates)
-        print(f"decode {batch:>4} x {length:<6} {1e6 * seconds:8.1f} us {read / seconds / 1e9:6.0f} GB/s {read / seconds / bandwidth:5.0%}", flush=True)
+        speed = f"{read / seconds / 1e9:6.0f} GB/s {rates['of_bandwidth']:5.0%}"
+        print(f"decode {batch:>4} x {length:<6} {1e6 * seconds:8.1f} us {speed}", flush=True)
     return found
 
 
