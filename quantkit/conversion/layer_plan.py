@@ -11,7 +11,7 @@ from quantkit.core.scheme import UNQUANTIZED, Scheme
 from quantkit.core.scheme_names import FALLBACK_GROUPS, fit_group, parse_scheme, takes_group, with_group
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.base import Format, KeptTypes
-from quantkit.formats.fusion import expert_groups, fused_groups
+from quantkit.formats.fusion import experts_with_one_group, fused_groups
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.methods.base import Rounding, Transform
 from quantkit.methods.registry import get_rounding, get_transform
@@ -164,18 +164,11 @@ def _fall_together(layers: dict[str, LayerPlan], misfits: dict[str, str], asked:
             elif fallen is not None and layers[name].note is None:
                 note = f"engines join it with {fallen.linear.name}, where {fallen.note}"
                 layers[name] = replace(layers[name], scheme=fallen.scheme, note=note)
-    for members in expert_groups(layers):
-        if len({asked[name] for name in members}) > 1:
-            continue
-        shapes = {name: layers[name].linear.shape for name in members}
-        groups = {name: scheme.weight.group for name in members if (scheme := layers[name].scheme).weight is not None and takes_group(scheme)}
-        if len(groups) < len(members) or len(set(groups.values())) == 1:
-            continue
-        least = layers[min(groups, key=lambda name: groups[name])]  # type: ignore[arg-type, return-value]
-        for name in members:
-            if groups[name] != groups[least.linear.name] and shapes[name][1] % groups[least.linear.name] == 0:  # type: ignore[operator]
-                note = f"engines join the experts of a layer, where {least.linear.name} has {least.note}"
-                layers[name] = replace(layers[name], scheme=least.scheme, note=note)
+    schemes = {name: layer.scheme for name, layer in layers.items()}
+    for name, (scheme, least) in experts_with_one_group(schemes, {name: layers[name].linear.shape[1] for name in schemes}).items():
+        if layers[least].note is not None and asked[name] == asked[least]:
+            note = f"engines join the experts of a layer, where {least} has {layers[least].note}"
+            layers[name] = replace(layers[name], scheme=scheme, note=note)
 
 
 def _leave_all_but_one_scheme(layers: dict[str, LayerPlan], left_alone: dict[str, str], fmt: Format) -> None:

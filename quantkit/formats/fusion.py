@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from quantkit.core.scheme import Scheme
+from quantkit.core.scheme_names import takes_group, with_group
 
 FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
@@ -22,13 +25,24 @@ def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
     return {name: members for name, members in groups.items() if len(members) > 1}
 
 
-def expert_groups(names: Iterable[str]) -> list[list[str]]:
-    """The matrices of all experts of a layer, together: an engine runs them as a few tensors, which have one scheme."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
+def experts_with_one_group(schemes: Mapping[str, Scheme], columns: Mapping[str, int]) -> dict[str, tuple[Scheme, str]]:
+    """Of layers whose matrices of experts have groups of unlike size: the new schemes of those that can take the smallest, and whose that is.
+
+    An engine runs the experts of a layer as a few tensors, which have one scheme.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in schemes:
         if match := _EXPERT.fullmatch(name):
-            groups.setdefault(match[1], []).append(name)
-    return list(groups.values())
+            layers.setdefault(match[1], []).append(name)
+    changed = {}
+    for members in layers.values():
+        groups = {name: spec.group for name in members if (spec := schemes[name].weight) is not None and takes_group(schemes[name])}
+        if len(groups) < len(members) or not all(isinstance(group, int) and group > 0 for group in groups.values()):
+            continue
+        least = min(members, key=lambda name: groups[name])  # type: ignore[arg-type, return-value]
+        taking = (name for name in members if groups[name] != groups[least] and columns[name] % groups[least] == 0)  # type: ignore[operator]
+        changed |= {name: (with_group(schemes[name], groups[least]), least) for name in taking}  # type: ignore[arg-type]
+    return changed
 
 
 def joint_name(name: str) -> str:

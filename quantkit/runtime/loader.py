@@ -22,10 +22,11 @@ from quantkit.checkpoint.source import resolve
 from quantkit.checkpoint.weight_files import some
 from quantkit.core.scheme import Scheme
 from quantkit.errors import SourceError
+from quantkit.formats.fusion import experts_with_one_group
 from quantkit.formats.kv_scales import KVScales, read_kv_scales
 from quantkit.formats.opened import OpenedCheckpoint
 from quantkit.formats.streamed import FileOrder
-from quantkit.models.architecture import Architecture, describe, load_config
+from quantkit.models.architecture import Architecture, Linear, describe, load_config
 from quantkit.runtime.attention import ATTENTION
 from quantkit.runtime.linear import PackedLinear
 from quantkit.runtime.quantization import quantize, require_unquantized, scheme_at_load
@@ -100,6 +101,7 @@ def load(
     architecture = describe(config, opened, trust_remote_code=trust_remote_code)
     linears = [linear for block in architecture.blocks for linear in block.linears] if quantization is not None else []
     at_load = {linear.path: scheme_at_load(quantization, linear.shape) for linear in linears if quantization is not None}
+    at_load |= _joined(linears, at_load)
     schemes = opened.schemes | {linear.name: at_load[linear.path] for linear in linears}
     kv_scales = read_kv_scales(opened, architecture)
     unread = architecture.unplaced(opened.names)
@@ -110,6 +112,13 @@ def load(
     model = architecture.model
     model.set_attn_implementation(ATTENTION)
     return LoadedModel(origin.name, origin.folder, model, config, opened.dtype, schemes, architecture.context, device, kv_scales)
+
+
+def _joined(linears: list[Linear], at_load: dict[str, Scheme]) -> dict[str, Scheme]:
+    """Experts of a layer in groups of one size, as a conversion stores them."""
+    schemes, paths = {linear.name: at_load[linear.path] for linear in linears}, {linear.name: linear.path for linear in linears}
+    changed = experts_with_one_group(schemes, {linear.name: linear.shape[1] for linear in linears})
+    return {paths[name]: scheme for name, (scheme, _) in changed.items()}
 
 
 def _require_pageable(config: PretrainedConfig, name: str) -> None:

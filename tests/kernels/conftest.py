@@ -1,16 +1,13 @@
-"""Triton kernels run on the GPU where there is one, and in Triton's interpreter where there is none; that is settled before their import."""
+"""Triton kernels run on the GPU where there is one, and in Triton's interpreter where there is none, as the tests' first conftest settles."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    from tests.kernels.interpreter import install
+from tests.kernels.interpreter import install
 
+if not torch.cuda.is_available():
     install()
 
 
