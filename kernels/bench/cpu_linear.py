@@ -25,9 +25,9 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from quantkit_kernels.cpu import int4_linear, low_bit_linear
+from quantkit_kernels.reference import E2M1, every_e4m3
 
-E2M1 = torch.tensor([sign * m for sign in (1.0, -1.0) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
-WEIGHTS = {"int4": (4, None), "fp4": (4, E2M1), "table": (4, torch.linspace(-1, 1, 16) ** 3), "fp8": (8, low_bit_linear.every_e4m3())}
+WEIGHTS = {"int4": (4, None), "fp4": (4, torch.tensor(E2M1)), "table": (4, torch.linspace(-1, 1, 16) ** 3), "fp8": (8, every_e4m3())}
 """Bits of a code and what codes stand for: integers, the floats of MXFP4 and NVFP4, a table such as NF4's, 8-bit floats."""
 SHAPES = ["2048x2048", "512x2048", "8192x2048", "2048x8192", "4096x4096", "14336x4096", "4096x14336"]
 """Outputs by inputs of the linears of Llama-3.2-1B and Llama-3-8B."""

@@ -24,6 +24,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from quantkit_kernels import reference
+
 SHAPES = ["6144x4096", "4096x4096", "28672x4096", "4096x14336", "10240x8192", "8192x28672", "37888x3584", "3584x18944"]
 """Outputs by inputs of joined linears of Llama-3-8B, of Llama-3-70B and of Qwen2.5-7B."""
 ROWS = [1, 4, 16, 64, 128, 512, 2048]
@@ -32,7 +34,6 @@ BATCHES = [(1, 4096), (1, 32768), (8, 4096), (32, 4096), (128, 1024)]
 COLD_BYTES = 4 * 60 << 20
 GROUP, ROUNDS, REPLAYS, SECONDS = 128, 5, 20, 500
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
-E2M1 = [sign * m for sign in (1.0, -1.0) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 Run = Callable[[], Tensor]
 
 
@@ -79,8 +80,8 @@ def medians(methods: dict[str, list[Run]]) -> dict[str, float]:
 def levels_of(weights: str) -> tuple[int, Tensor | None]:
     """Bits of a code and what codes stand for; None for integers less 2^(bits - 1)."""
     if weights == "fp8":
-        return 8, torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return (4, torch.tensor({"nf4": NF4, "fp4": E2M1}[weights])) if weights in ("nf4", "fp4") else (int(weights.removeprefix("int")), None)
+        return 8, reference.every_e4m3()
+    return (4, torch.tensor({"nf4": NF4, "fp4": reference.E2M1}[weights])) if weights in ("nf4", "fp4") else (int(weights.removeprefix("int")), None)
 
 
 def linears(weights: str, rows: int, columns: int, counts: list[int], bandwidth: float) -> list[dict[str, Any]]:
@@ -134,7 +135,6 @@ def linears(weights: str, rows: int, columns: int, counts: list[int], bandwidth:
 
 def decoding(bandwidth: float) -> list[dict[str, Any]]:
     """Attention of Llama-3-8B's heads, one token a sequence, over shuffled blocks."""
-    from quantkit_kernels import reference
     from quantkit_kernels.gpu.paged_attention import paged_attention
 
     heads, kv_heads, head_dim, block_size, found = 32, 8, 128, 16, []

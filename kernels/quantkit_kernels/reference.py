@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor], Tensor]
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the codes of OCP's 4-bit floats stand for."""
 _WEIGHTS_AT_ONCE = 1 << 20
 """Weights held dequantized: few, so that they stay in the caches."""
+
+
+def every_e4m3() -> Tensor:
+    """float32 [256], what the codes of torch.float8_e4m3fn stand for."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def store_kv(

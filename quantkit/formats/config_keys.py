@@ -17,7 +17,7 @@ _OF_AUTO_ROUND = frozenset({
     "provider", "autoround_version", "data_type", "iters", "nsamples", "seqlen", "lr", "minmax_lr", "gradient_accumulate_steps", "amp",
     "lr_scheduler", "enable_quanted_input", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_torch_compile", "enable_alg_ext",
     "low_gpu_mem_usage", "low_cpu_mem_usage", "scale_dtype", "to_quant_block_names", "quant_lm_head", "not_use_best_mse", "super_bits",
-    "super_group_size",
+    "super_group_size", "supported_types", "quant_block_list", "static_attention_granularity", "static_kv_granularity",
 })  # fmt: skip
 _OF_MAKING = frozenset({"mse", "gptaq", "foem", "fallback", "failsafe", "hessian", "process", "hyb_act", "smooth", "static_groups"})
 """How codes are found, which the codes no longer show."""
@@ -59,7 +59,7 @@ KNOWN: Mapping[str, frozenset[str]] = {
 
 def require_known(config: Mapping[str, Any], what: str) -> None:
     """Raises FormatError for a key that is not known, unless its value says that it is not used."""
-    for key in sorted(map(str, config.keys() - KNOWN[what])):
+    for key in sorted(config.keys() - KNOWN[what]):
         if config[key] not in (None, False, [], {}, ""):
             raise FormatError(f"{what} has the key {key!r}, which quantkit does not know; it may change what the weights mean")
 

@@ -16,7 +16,7 @@ from quantkit.core.scheme import Scheme
 from quantkit.core.scheme_names import FP8_BLOCK, parse_scheme
 from quantkit.errors import FormatError
 from quantkit.formats.base import Infos, Read, assembled, require_parts, why_uneven
-from quantkit.formats.config_keys import require_known
+from quantkit.formats.config_keys import require_known, require_value
 
 _HELD = ("fp8-block", "fp8-tensor", "fp8-static")
 
@@ -71,6 +71,7 @@ class FP8:
 
     def read_config(self, config: Mapping[str, Any], names: Iterable[str], read: Read) -> dict[str, Scheme]:
         require_known(config, "fp8")
+        require_value(config, "expert_dtype", ("fp8",), "fp8")
         block, activations = config.get("weight_block_size"), config.get("activation_scheme", "dynamic")
         for key, wanted in (("fmt", "e4m3"), ("scale_fmt", "float")):
             if config.get(key) not in (None, wanted):

@@ -52,8 +52,8 @@ class OpenedCheckpoint:
     def _require_understood(self) -> None:
         """Raises FormatError for a tensor beside a quantized layer that its scheme does not know, and for codes whose scales are absent."""
         for name in self.dense_names:
-            module, _, part = name.rpartition(".")
-            owner = next((stem for stem in _stems(module) if stem in self.schemes), None)
+            part = name.rpartition(".")[2]
+            owner = next((stem for stem in stems(name) if stem in self.schemes), None)
             is_known = part == "bias" or is_kv_scale(name) or (part in _ZERO_POINTS and not bool(self.reader.get(name).any()))
             if owner is not None and not is_known:
                 raise FormatError(f"{name} belongs to no {self.schemes[owner].name} layer as quantkit reads it; it may change what the weights mean")
@@ -121,7 +121,7 @@ class OpenedCheckpoint:
         return max(sizes, key=lambda d: sizes[d]) if sizes else torch.float32
 
 
-def _stems(module: str) -> list[str]:
-    """The module itself, and what it may be a part of."""
-    parts = module.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+def stems(name: str) -> list[str]:
+    """Everything a dotted name may belong to, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]

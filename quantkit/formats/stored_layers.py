@@ -13,7 +13,7 @@ from quantkit.core.packing import packed_words
 from quantkit.core.scheme import Scheme
 from quantkit.errors import CheckpointError, FormatError, QuantkitError
 from quantkit.formats.base import is_of_weights, plan_shapes
-from quantkit.formats.opened import OpenedCheckpoint
+from quantkit.formats.opened import OpenedCheckpoint, stems
 from quantkit.models.architecture import Architecture, Linear
 
 _OPTIONAL_PARTS = {"g_idx", "weight_g_idx", "weight_format"}
@@ -90,7 +90,7 @@ def quantized_linears(reader: CheckpointReader, architecture: Architecture) -> l
     linears = [linear for block in architecture.blocks for linear in block.linears] + architecture.outside
     known = {linear.name for linear in linears}
     for name in reader.names:
-        module = next((stem for stem in _stems(name) if stem in known), None)
+        module = next((stem for stem in stems(name) if stem in known), None)
         if module is not None and name != f"{module}.bias":
             by_module.setdefault(module, []).append(name)
     found = []
@@ -135,13 +135,7 @@ class AnyPart:
     """Checkpoint names for finding linears whatever their parts are called: a module that has any part has a weight."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = {stem for name in names for stem in (name, *(f"{stem}.weight" for stem in _stems(name)))}
+        self._names = {stem for name in names for stem in (name, *(f"{stem}.weight" for stem in stems(name)))}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
-
-
-def _stems(name: str) -> list[str]:
-    """Everything a dotted name may belong to, the nearest first."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]

@@ -28,6 +28,7 @@ KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "awq": ("awq_gemm_autoawq", {"foo": 1}, "awq has the key 'foo'"),
     "bitsandbytes": ("bnb_nf4_dq", {"foo": 1}, "bitsandbytes has the key 'foo'"),
     "fp8": ("hf_finegrained_fp8_handmade", {"foo": 1}, "fp8 has the key 'foo'"),
+    "experts of 4 bits": ("hf_finegrained_fp8_handmade", {"expert_dtype": "fp4"}, "fp8 with expert_dtype 'fp4' is not read; quantkit reads fp8"),
     "compressed-tensors": ("ct_w4a16_gptq", {"foo": 1}, "compressed-tensors has the key 'foo'"),
     "a transform": ("ct_w4a16_gptq", {"transform_config": {"foo": 1}}, "transform_config has the key 'foo'"),
     "a rule for some layers": ("gptq_b4_g128", {"dynamic": {DYNAMIC: {"foo": 1}}}, "gptq dynamic has the key 'foo'"),

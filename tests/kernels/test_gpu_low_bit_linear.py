@@ -24,7 +24,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 UNEVEN = torch.linspace(-1, 0.9, 16) ** 3
 LEVELS = {
-    "e2m1": torch.tensor(low_bit_linear.E2M1), "uneven": UNEVEN, "e4m3": torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float(),
+    "e2m1": torch.tensor(reference.E2M1), "uneven": UNEVEN, "e4m3": reference.every_e4m3(),
 }  # fmt: skip
 CASES = [
     (63, 64, 32, 4, "zeros", torch.float16),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantkit_kernels import reference
 from quantkit_kernels.cpu import low_bit_linear
 from quantkit_kernels.cpu.build import FLAGS, library
 from torch import Tensor
@@ -18,9 +19,9 @@ from torch import Tensor
 NATIVE = library("low_bit_linear") is not None
 pytestmark = pytest.mark.skipif(not NATIVE, reason="needs a C++ compiler")
 HAS = {"native": True, "x86-64-v3": torch.backends.cpu.get_cpu_capability().startswith("AVX"), "x86-64": platform.machine() in ("x86_64", "AMD64")}
-E2M1 = torch.tensor([sign * m for sign in (1.0, -1.0) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+E2M1 = torch.tensor(reference.E2M1)
 UNEVEN = torch.linspace(-1, 0.9, 16) ** 3
-LEVELS = {"e2m1": E2M1, "uneven": UNEVEN, "e4m3": low_bit_linear.every_e4m3(), "int": None}
+LEVELS = {"e2m1": E2M1, "uneven": UNEVEN, "e4m3": reference.every_e4m3(), "int": None}
 """What codes stand for: 4-bit floats, which halves hold; a table that 8 bits hold only rounded; 8-bit floats; integers."""
 CASES = [
     (63, 64, 32, 4, "zeros", torch.float16),
@@ -225,6 +226,7 @@ def test_nothing_is_read_or_written_out_of_bounds(march: str, tmp_path: Path) ->
 import ctypes, sys
 import pytest
 from tests.kernels import test_low_bit_linear as cases
+from quantkit_kernels import reference
 from quantkit_kernels.cpu import low_bit_linear
 checked = ctypes.CDLL({str(tmp_path / "checked.so")!r})
 low_bit_linear.library = lambda name: checked

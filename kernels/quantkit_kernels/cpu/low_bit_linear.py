@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantkit_kernels.cpu.build import library
+from quantkit_kernels.reference import every_e4m3
 
 ROWS, BLOCK, HALF_BLOCK = 16, 32, 16
 RUNS = (128, 64, 32)
@@ -101,11 +102,6 @@ def whole_levels(levels: Tensor) -> tuple[Tensor, float]:
     top = float(levels.abs().amax())
     unit = next((unit for unit in (1.0, 0.5) if top <= 127 * unit and bool((levels % unit == 0).all())), top / 127)
     return ((levels.double() / unit).round() + 128).to(torch.uint8), unit
-
-
-def every_e4m3() -> Tensor:
-    """float32 [256], the value of every code."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def linear(x: Tensor, weight: Packed, *, exact: bool) -> Tensor:

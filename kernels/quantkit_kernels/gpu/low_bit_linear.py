@@ -22,12 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit_kernels.gpu.ahead_of_time import Configuration
+from quantkit_kernels.reference import E2M1, every_e4m3
 
 BLOCK, HALF_BLOCK = 32, 16
 SCALED_SUMS = 64
 """Columns of a group from which on sums are scaled and not weights; also the fewest columns of a tile."""
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _ADDED = 1024
 _STEPS_OF_SPLIT = 4
 """The fewest, so that loads are still ahead of products."""
@@ -381,8 +381,7 @@ def _check(x: Tensor, weight: Packed) -> None:
 
 
 def _kind_of(levels: Tensor) -> str:
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    if len(levels) == 256 and torch.equal(levels.cpu().nan_to_num(), every.nan_to_num()):
+    if len(levels) == 256 and torch.equal(levels.cpu().nan_to_num(), every_e4m3().nan_to_num()):
         return "e4m3"
     if len(levels) != 16:
         raise ValueError(f"levels are {len(levels)}; the kernel takes 16, or the 256 of torch.float8_e4m3fn")
